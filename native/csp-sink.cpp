@@ -1,0 +1,46 @@
+#include "csp.h"
+
+#include "llama-context.h"
+
+#include <algorithm>
+#include <cmath>
+
+// softmax_n is softmax with one more key of logit ln(n) and a zero value: an attention sink
+// it joins a sink that the model has: ln(exp(a) + exp(b))
+ggml_tensor * llama_csp::build_sinks(const llm_graph_context & graph, const layer & l, ggml_tensor * sinks) const {
+    if (!use_sinks) {
+        return sinks;
+    }
+
+    if (!sinks) {
+        return l.sink;
+    }
+
+    auto * ctx0 = graph.ctx0;
+
+    return ggml_log(ctx0, ggml_add(ctx0, ggml_exp(ctx0, sinks), ggml_exp(ctx0, l.sink)));
+}
+
+void llama_csp::set_sinks(layer & l, const llama_csp_params & params, const std::vector<float> & mass) {
+    switch (params.sink) {
+        case LLAMA_CSP_SINK_NONE:
+            l.sink_data.clear();
+            return;
+        case LLAMA_CSP_SINK_FIXED:
+            l.sink_data.assign(l.n_head, logf(params.n_decode));
+            break;
+        case LLAMA_CSP_SINK_MASS:
+            // what was evicted before is still gone
+            l.sink_data.resize(l.n_head, CSP_SINK_EMPTY);
+
+            for (uint32_t h = 0; h < l.n_head; ++h) {
+                const float a = std::max(l.sink_data[h], mass[h]);
+                const float b = std::min(l.sink_data[h], mass[h]);
+
+                l.sink_data[h] = a + log1pf(expf(b - a));
+            }
+            break;
+    }
+
+    ggml_backend_tensor_set(l.sink, l.sink_data.data(), 0, ggml_nbytes(l.sink));
+}

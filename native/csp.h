@@ -1,0 +1,217 @@
+#pragma once
+
+#include "llama-csp.h"
+
+#include "llama-graph.h"
+#include "llama-kv-cache.h"
+
+#include "ggml-cpp.h"
+
+#include <utility>
+#include <vector>
+
+//
+// llama_csp
+//
+// observe -> score -> select -> compact -> decode, one file each
+// build_attn() is called by the patched llm_graph_context::build_attn_mha(), everything else from llama-csp.cpp
+//
+
+struct llama_csp {
+    using bufs_t = std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>>;
+
+    struct layer {
+        int32_t  il;
+        uint32_t n_head;
+        uint32_t n_head_kv;
+        uint32_t n_embd_head_k;
+        uint32_t n_embd_head_v;
+
+        ggml_tensor * k; // the cache [n_embd_k_gqa, kv_size]
+        ggml_tensor * v; // the cache [n_embd_v_gqa, kv_size]
+
+        ggml_tensor * q    = nullptr; // F32 [n_embd_head_k*n_head, n_window] ring of the newest queries
+        ggml_tensor * sink = nullptr; // F32 [n_head]
+
+        float kq_scale = 0.0f; // 0: no query seen yet
+
+        std::vector<uint32_t> kept;      // [n_head_kv][n_kept] tokens
+        std::vector<float>    sink_data; // [n_head]
+
+        // of the last prune, if it was to be inspected
+        std::vector<uint32_t> token_data; // [n_head_kv][n_cells]
+        std::vector<float>    q_data;     // [n_window][n_head][n_embd_head_k]
+        std::vector<float>    k_data;     // [n_cells][n_head_kv][n_embd_head_k]
+        std::vector<float>    self_data;  // [n_head_kv][n_cells]
+        std::vector<float>    cross_data; // [n_head_kv][n_cells]
+    };
+
+    // an observed query
+    struct query {
+        llama_pos pos;
+        llama_pos pos_max; // the newest position it sees: its own, or the last of its ubatch if attention is not causal
+
+        llama_kv_cell_ext ext;
+
+        bool   is_2d; // compare ext where positions are equal
+        int8_t modality;
+    };
+
+    // the cells of the sequence, in order: first the chosen ones, in which every head holds another token
+    struct cell_list {
+        uint32_t n_chosen = 0;
+
+        std::vector<uint32_t>          idxs; // [n_cells] in the KV cache
+        std::vector<llama_pos>         pos;  // [n_cells]
+        std::vector<llama_kv_cell_ext> ext;  // [n_cells]
+
+        uint32_t size() const { return idxs.size(); }
+    };
+
+    // the attention that the cells of one KV head receive, summed over the window: [n_cells]
+    struct head_scores {
+        std::vector<float> self;
+        std::vector<float> cross;
+    };
+
+    // throws if the memory of the context can't be pruned
+    llama_csp(llama_context & ctx);
+    ~llama_csp();
+
+    llama_context  & ctx;
+    llama_kv_cache & kv;
+
+    std::vector<layer> layers;
+
+    //
+    // csp-observe.cpp
+    //
+
+    void observe(uint32_t n_window_new);
+
+    // write the newest queries of a ubatch to the ring
+    void build_observe(const llm_graph_context & graph, layer & l, ggml_tensor * q);
+
+    // remember whose queries they are, dst: the rows of the ring they go to, I64 [n]
+    void set_input_rows(ggml_tensor * dst, const llama_ubatch & ubatch);
+
+    // drop the queries at p and after it
+    void take_back(llama_pos p);
+
+    // the rows of the ring from the oldest query to the newest
+    std::vector<int32_t> window_rows() const;
+
+    uint32_t n_window   = 0; // rows of the ring
+    uint32_t n_observed = 0; // rows in use
+    uint32_t i_row      = 0; // the next row
+
+    std::vector<query> window; // [n_window]
+
+    bufs_t bufs_q;
+
+    //
+    // csp-score.cpp
+    //
+
+    // [n_head_kv]
+    std::vector<head_scores> score(layer & l, const cell_list & cells, const llama_csp_params & params);
+
+    // log-sum-exp of the logits of the cells that are not kept, mean over the window, per query head
+    std::vector<float> measure(const layer & l, const cell_list & cells, float n_score, const std::vector<uint32_t> & kept);
+
+    //
+    // csp-compact.cpp
+    //
+
+    cell_list get_cells() const;
+
+    // move the kept rows of every head to the front of the cache, kept: [n_head_kv][n_kept] indices into cells
+    void compact(const layer & l, const cell_list & cells, const std::vector<uint32_t> & kept);
+
+    // the first n_kept cells of the cache are in use now, the last n_true of them hold the same token in every head
+    void set_cells(const cell_list & cells, uint32_t n_kept, uint32_t n_true);
+
+    //
+    // csp-sink.cpp
+    //
+
+    ggml_tensor * build_sinks(const llm_graph_context & graph, const layer & l, ggml_tensor * sinks) const;
+
+    // mass: logits [n_head], for LLAMA_CSP_SINK_MASS
+    void set_sinks(layer & l, const llama_csp_params & params, const std::vector<float> & mass);
+
+    bool use_sinks = false;
+
+    bufs_t bufs_sink;
+
+    //
+    // llama-csp.cpp
+    //
+
+    // returns the sinks to use
+    ggml_tensor * build_attn(
+            const llm_graph_context & graph,
+                    ggml_tensor * q,
+                    ggml_tensor * k,
+                    ggml_tensor * sinks,
+                          float   kq_scale,
+                            int   il);
+
+    void prune(const llama_csp_params & params);
+
+    // forget the pruned part if its cells are gone from the cache
+    void update_index();
+
+    // the token in cell i
+    uint32_t get_token(const layer & l, const cell_list & cells, uint32_t h, uint32_t i) const;
+
+    // the graphs that were built with another state of ours must not be reused
+    void reset_graphs();
+
+    // plan the graphs of the context again, as llama_context::memory_update() does after running one of its own
+    void reserve();
+
+    // index of the pruned part of the sequence: layer.kept tells the tokens in cells [0, n_chosen) of the cache,
+    // and the tokens from n_base on are in cells of their own
+    uint32_t  n_chosen   =  0;
+    uint32_t  n_base     =  0;
+    llama_pos pos_chosen = -1; // of the chosen cells
+
+    // all tokens of the sequence when it was last pruned
+    std::vector<llama_pos> pos;
+    std::vector<int8_t>    modality;
+
+    std::vector<llama_pos> window_pos;
+    std::vector<int8_t>    window_modality;
+
+    llama_csp_stats stats = {};
+};
+
+// the logit of a sink that takes no attention. -inf would turn into NaN where two of them are compared
+static constexpr float CSP_SINK_EMPTY = -1e30f;
+
+// a graph of ours on the scheduler of the context: build into ctx0 and gf, alloc(), set the inputs, compute(), read the outputs
+struct csp_graph {
+    csp_graph(llama_context & lctx);
+
+    ggml_tensor * new_input(ggml_type type, int64_t ne0, int64_t ne1);
+
+    void alloc();
+    void compute();
+
+    llama_context & lctx;
+
+    ggml_context * ctx0;
+    ggml_cgraph  * gf;
+};
+
+// F32 [ne0(layer), ne1] for every layer, on its device. throws if there is no memory for them
+llama_csp::bufs_t csp_alloc(
+        std::vector<llama_csp::layer> & layers,
+        ggml_tensor * llama_csp::layer::* member,
+        int64_t (*ne0)(const llama_csp::layer &),
+        int64_t ne1);
+
+inline int8_t csp_modality(const llama_kv_cell_ext & ext) {
+    return ext.tok == LLAMA_TOKEN_NULL ? LLAMA_CSP_MODALITY_MEDIA : LLAMA_CSP_MODALITY_TEXT;
+}

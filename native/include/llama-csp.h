@@ -1,0 +1,136 @@
+#pragma once
+
+#include "llama.h"
+
+// Cross-Self Pruning (CSP, arXiv 2412.04652) of a context's KV cache
+//
+// usage:
+//
+//   llama_csp * csp = llama_csp_init(ctx);     // NULL: llama_csp_last_error() says why this context can't be pruned
+//
+//   llama_csp_observe(csp, 32);                // from now on keep the queries of the last 32 tokens
+//   llama_decode(...);                         // prefill: text as tokens, pictures as embeddings
+//
+//   llama_csp_params params = llama_csp_default_params();
+//   params.budget = 512;
+//   llama_csp_prune(csp, params);              // the cache now holds 512 cells
+//   llama_decode(...);                         // decoding goes on at the true next position
+//
+//   llama_csp_free(csp);                       // before llama_free(ctx)
+//
+// Cells: after pruning, cell i of a layer holds another token in every KV head. All chosen cells carry the position of
+// the newest token that could have been evicted, the recent ones and so the last one their own. So a pruned part of a
+// sequence can be kept, or dropped as a whole, but not cut: llama_memory_seq_rm() up to the recent cells is fine, and
+// from further below drops every chosen cell. A token decoded there starts a new index.
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+    struct llama_csp;
+
+    enum llama_csp_modality {
+        LLAMA_CSP_MODALITY_TEXT  = 0, // came in as a token
+        LLAMA_CSP_MODALITY_MEDIA = 1, // came in as an embedding
+    };
+
+    // the extra term in the softmax denominator while decoding over a pruned cache (paper, section 3.3)
+    enum llama_csp_sink {
+        LLAMA_CSP_SINK_NONE  = 0, // plain softmax
+        LLAMA_CSP_SINK_FIXED = 1, // n = n_decode
+        LLAMA_CSP_SINK_MASS  = 2, // per query head: exp of the window's mean log-sum-exp of the evicted cells' logits
+    };
+
+    struct llama_csp_params {
+        uint32_t budget;      // B, cells that every KV head keeps, recent ones included
+        uint32_t recent;      // R, the last cells, always kept [R <= B]
+        double   cross_ratio; // r in [0, 1], the share of the chosen cells drawn by cross score
+                              // < 0: per layer and head, the cross share of the scores of the cells to choose from
+        float    n_score;     // n of the scoring softmax [n >= 0]
+        float    n_decode;    // n for LLAMA_CSP_SINK_FIXED [n > 0]
+
+        enum llama_csp_sink sink;
+
+        bool inspect;         // keep queries, keys and scores for llama_csp_get_layer()
+    };
+
+    // what the last llama_csp_prune() saw and did. pointers stay valid until the next call that takes the csp
+    struct llama_csp_stats {
+        uint32_t n_layer;  // pruned layers: those with full attention and a KV cache of their own
+        uint32_t n_cells;  // N, cells scored
+        uint32_t n_kept;   // cells kept
+        uint32_t n_tokens; // tokens of the sequence so far, evicted ones included
+        uint32_t n_window; // W, queries that scored
+
+        const llama_pos * pos;      // [n_tokens]
+        const int8_t    * modality; // [n_tokens] llama_csp_modality
+
+        const llama_pos * window_pos;      // [n_window]
+        const int8_t    * window_modality; // [n_window]
+
+        int64_t t_score_us;
+        int64_t t_select_us;
+        int64_t t_compact_us;
+    };
+
+    // one pruned layer. tokens are indices into llama_csp_stats.pos
+    struct llama_csp_layer {
+        int32_t  il; // layer index in the model
+        uint32_t n_head;
+        uint32_t n_head_kv;
+        uint32_t n_embd_head_k;
+        float    kq_scale;
+
+        const uint32_t * kept; // [n_head_kv][n_kept] the token in each cell, ascending
+        const float    * sink; // [n_head] logits, NULL: none
+
+        // NULL unless llama_csp_params.inspect
+        const uint32_t * token; // [n_head_kv][n_cells] the token in each cell, before
+        const float    * q;     // [n_window][n_head][n_embd_head_k]
+        const float    * k;     // [n_cells][n_head_kv][n_embd_head_k]
+        const float    * self;  // [n_head_kv][n_cells]
+        const float    * cross; // [n_head_kv][n_cells]
+    };
+
+    LLAMA_API struct llama_csp_params llama_csp_default_params(void);
+
+    // why the last call on this thread failed
+    LLAMA_API const char * llama_csp_last_error(void);
+
+    // attach to a context of one sequence with flash attention. NULL if its memory can't be pruned:
+    // recurrent, hybrid, MLA, ALiBi, or without a KV cache
+    LLAMA_API struct llama_csp * llama_csp_init(struct llama_context * ctx);
+
+    LLAMA_API void llama_csp_free(struct llama_csp * csp);
+
+    // keep the queries of the last n_window tokens of what is decoded from now on. forgets those seen so far
+    // 0: stop observing, the context computes what it would without a csp
+    // returns false if there is no memory for them
+    LLAMA_API bool llama_csp_observe(struct llama_csp * csp, uint32_t n_window);
+
+    // score the cells by the observed queries, select, compact. with B >= N nothing is evicted
+    // returns false and changes nothing if params are off or nothing was observed,
+    // returns false and clears the sequence if the device failed halfway
+    LLAMA_API bool llama_csp_prune(struct llama_csp * csp, struct llama_csp_params params);
+
+    LLAMA_API struct llama_csp_stats llama_csp_get_stats(const struct llama_csp * csp);
+
+    // i < n_layer
+    LLAMA_API struct llama_csp_layer llama_csp_get_layer(const struct llama_csp * csp, uint32_t i);
+
+    // the cells that one head keeps, a pure function of its scores (paper, section 3.2, without its double draws):
+    // the last R; of the rest, floor((B - R)*r) by cross score, then the best by self score not yet drawn. ties to the lower index
+    // self, cross: [n]; kept: [min(budget, n)], ascending
+    // returns min(budget, n)
+    LLAMA_API uint32_t llama_csp_select(
+                const float * self,
+                const float * cross,
+                   uint32_t   n,
+                   uint32_t   budget,
+                   uint32_t   recent,
+                     double   cross_ratio,
+                   uint32_t * kept);
+
+#ifdef __cplusplus
+}
+#endif

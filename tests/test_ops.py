@@ -1,0 +1,47 @@
+"""The hook's graphs are made of ops that the backends have, by llama.cpp's own tables."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLES = ROOT / "build" / "patched" / "source" / "docs" / "ops"
+
+# ggml function in native/ -> op, and what of it is needed (a pattern for the table's parameters)
+KV_TYPES = ["f32", "f16", "q8_0", "q4_0"]
+NEEDED = {
+    "get_rows": ("GET_ROWS", [rf"type={t},.*v=1" for t in KV_TYPES]),  # rows of a head: a view
+    "set_rows": ("SET_ROWS", [rf"type(_src=f32,type_dst)?={t},type_idx=i64" for t in KV_TYPES]),
+    "mul_mat": ("MUL_MAT", [r"type_a=f32,type_b=f32"]),
+    "soft_max_ext": ("SOFT_MAX", [r"type=f32,.*mask=1,sinks=1,m_prec=f32,.*max_bias=0\.0"]),
+    "cont": ("CONT", [r"type=f32"]),
+    "cont_2d": ("CONT", [r"type=f32"]),
+    "scale": ("SCALE", [r"type=f32,.*bias=0\.0"]),
+    "tanh": ("TANH", [r"type=f32,.*v=0"]),
+    "exp": ("EXP", [r"type=f32,.*v=0"]),
+    "log": ("LOG", [r"type=f32"]),
+    "add": ("ADD", [r"type=f32,.*nr=\[1,1,1,1\]"]),
+}
+VIEWS = {"view_2d", "view_3d", "reshape_3d", "permute", "new_tensor_1d", "new_tensor_2d"}
+
+
+def test_the_table_of_needed_ops_is_that_of_the_code():
+    sources = "".join(path.read_text() for path in (ROOT / "native").glob("*.cpp"))
+    used = set(re.findall(r"\bggml_(\w+)\s*\((?:graph\.)?ctx0\b", sources)) - VIEWS
+    assert used == NEEDED.keys()
+
+
+@pytest.mark.parametrize("backend", ["CPU", "CUDA", "Metal", "Vulkan", "SYCL"])
+def test_ops_run_on(backend):
+    with (TABLES / f"{backend}.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["test_mode"] == "support"]
+    for op, patterns in NEEDED.values():
+        for pattern in patterns:
+            supported = [
+                row["supported"] == "1"
+                for row in rows
+                if row["op_name"] == op and re.search(pattern, row["op_params"])
+            ]
+            assert any(supported), (op, pattern)
