@@ -68,9 +68,7 @@ def best(score: Floats, n: int) -> list[int]:
     return [int(i) for i in np.argsort(-score, kind="stable")[:n]]
 
 
-def select(
-    self: Floats, cross: Floats, budget: int, recent: int, ratio: float | None
-) -> list[int]:
+def select(self: Floats, cross: Floats, budget: int, recent: int, ratio: float | None) -> list[int]:
     """The cells one head keeps, of scores [n_cells]."""
     n_cells = len(self)
     budget = min(budget, n_cells)

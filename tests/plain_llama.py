@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType
 from llama_cpp import llama_cpp as llama
 from llama_cpp import mtmd_cpp as mtmd
 
-N_CTX, N_UBATCH, N_THREADS = 2048, 512, 2
+N_CTX, N_UBATCH, N_THREADS = 2048, 512, 1
 
 
 class Plain:

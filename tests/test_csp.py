@@ -3,7 +3,6 @@
 Driven through llama.h and llama-csp.h, without the engine.
 """
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -19,8 +18,9 @@ from csp_edge import native
 from csp_edge.native import llama
 
 PICTURES = Path(native.__file__).parent / "pictures"
-QUESTION = "<s> USER : what color is the star in image 2 ? ASSISTANT :"
-TEXT = " ".join(f"The {a} {b} sees {i} {b}s." for i in range(12) for a in ("old", "red") for b in ("fox", "hen"))
+TEXT = " ".join(
+    f"The {a} {b} sees {i} {b}s." for i in range(12) for a in ("old", "red") for b in ("fox", "hen")
+)
 
 
 def view(pointer, *shape):
@@ -58,7 +58,9 @@ class Pruned(plain_llama.Plain):
     def observe(self, n_window):
         assert native.csp_observe(self.csp, n_window)
 
-    def prune(self, budget, recent, ratio=None, inspect=True, n_score=1.0, n_decode=None, mass=False):
+    def prune(
+        self, budget, recent, ratio=None, inspect=True, n_score=1.0, n_decode=None, mass=False
+    ):
         params = native.csp_default_params()
         params.budget, params.recent, params.inspect = budget, recent, inspect
         params.cross_ratio = -1.0 if ratio is None else ratio
@@ -120,7 +122,9 @@ def check_scores(model, layers, n_score=1.0):
         pos = view(stats.pos, stats.n_tokens)[layer.token[0]]
         seen = csp_statement.visible(window_pos, pos)
         x = csp_statement.logits(layer.q, layer.k, layer.scale)
-        self, cross = csp_statement.scores(x, seen, window_modality, model.modality[layer.token], n_score)
+        self, cross = csp_statement.scores(
+            x, seen, window_modality, model.modality[layer.token], n_score
+        )
         np.testing.assert_allclose(layer.self, self, rtol=2e-4, atol=1e-6)
         np.testing.assert_allclose(layer.cross, cross, rtol=2e-4, atol=1e-6)
         yield self, cross
@@ -132,7 +136,11 @@ def check_kept(model, layers, budget, recent, ratio, n_score=1.0):
         for h in range(layer.n_head_kv):
             # from the very scores: no doubt at all
             exact = csp_statement.select(
-                layer.self[h].astype(np.float64), layer.cross[h].astype(np.float64), budget, recent, ratio
+                layer.self[h].astype(np.float64),
+                layer.cross[h].astype(np.float64),
+                budget,
+                recent,
+                ratio,
             )
             assert layer.kept[h].tolist() == layer.token[h][exact].tolist()
             # from queries and keys, in float64
@@ -323,7 +331,9 @@ def test_a_budget_beyond_the_prompt_changes_nothing(demo_paths):
 def append(model, text):
     """One more turn of text."""
     tokens = (llama.llama_token * 500)()
-    n = llama.llama_tokenize(model.vocab, text.encode(), len(text.encode()), tokens, 500, False, True)
+    n = llama.llama_tokenize(
+        model.vocab, text.encode(), len(text.encode()), tokens, 500, False, True
+    )
     logits = model.decode(tokens[:n], model.n_past)
     model.n_past += n
     return logits
@@ -404,7 +414,7 @@ def test_the_last_token_can_be_decoded_again(demo_paths):
     assert llama.llama_tokenize(model.vocab, b" :", 2, colon, 8, False, True) == 1
     logits = model.decode([colon[0]], last)
     assert model.n_cells == 40
-    assert 0 < np.abs(logits - full).max()
+    assert np.abs(logits - full).max() > 0
 
     # the index went along
     model.observe(4)

@@ -1,0 +1,58 @@
+"""Vision-language models on laptops, over a KV cache pruned with Cross-Self Pruning (CSP).
+
+>>> from csp_edge import EdgeVLM, CSP, Full
+>>> vlm = EdgeVLM("path/to/model.gguf", cache=CSP(budget=0.2))
+>>> vlm.chat("What colour is the circle in image 2 ?", images=["a.png", "b.png"]).text
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from csp_edge import libraries
+from csp_edge.errors import (
+    CspEdgeError,
+    ImageError,
+    LibraryError,
+    MemoryLimitError,
+    ModelError,
+    OptionError,
+    PolicyError,
+    ProjectorError,
+    PromptError,
+    TemplateError,
+)
+from csp_edge.policies import CSP, Full
+
+if TYPE_CHECKING:
+    from csp_edge.vlm import CacheFigures, ChatResult, ChatStream, EdgeVLM, Timings, Usage
+
+__all__ = [
+    "CSP",
+    "CacheFigures",
+    "ChatResult",
+    "ChatStream",
+    "CspEdgeError",
+    "EdgeVLM",
+    "Full",
+    "ImageError",
+    "LibraryError",
+    "MemoryLimitError",
+    "ModelError",
+    "OptionError",
+    "PolicyError",
+    "ProjectorError",
+    "PromptError",
+    "TemplateError",
+    "Timings",
+    "Usage",
+]
+
+libraries.bind(__path__)
+
+
+def __getattr__(name: str) -> Any:
+    # what needs NumPy and the libraries waits until it is asked for
+    if name in __all__:
+        from csp_edge import vlm
+
+        return getattr(vlm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

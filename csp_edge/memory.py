@@ -1,0 +1,45 @@
+"""How much memory there still is."""
+
+import os
+from pathlib import Path
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated now without swapping, by the operating system's count.
+
+    None where it isn't told.
+    """
+    amounts = [_from_meminfo(), _from_cgroup()]
+    known = [amount for amount in amounts if amount is not None]
+    return min(known) if known else _physical()
+
+
+def _from_meminfo() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kib[0] * 1024 if kib else None
+
+
+def _from_cgroup() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        cached = next(
+            int(line.split()[1])
+            for line in (folder / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+    except (OSError, StopIteration, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used + cached
+
+
+def _physical() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -1,0 +1,133 @@
+"""The C side: llama_cpp bound to our libraries, and llama-csp.h, which only ours have."""
+
+import ctypes
+import importlib
+import logging
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from csp_edge.errors import LibraryError
+
+logger = logging.getLogger("csp_edge")
+
+try:
+    llama: Any = importlib.import_module("llama_cpp").llama_cpp
+    mtmd: Any = importlib.import_module("llama_cpp.mtmd_cpp")
+    llama._lib.llama_csp_init  # noqa: B018
+except (FileNotFoundError, AttributeError):
+    raise LibraryError(
+        "the patched llama.cpp libraries are not in the package: "
+        "install csp-edge anew, with `pip install .`"
+    ) from None
+except (ImportError, OSError, RuntimeError) as error:
+    raise LibraryError(f"the patched llama.cpp libraries do not load: {error}") from None
+
+
+# what llama.cpp says
+
+_ERROR, _CONTINUED = 4, 5
+_said = threading.local()
+
+
+@llama.llama_log_callback  # type: ignore[untyped-decorator, unused-ignore]
+def _log(level: int, text: bytes, _: object) -> None:
+    line = text.decode(errors="replace").strip()
+    if level == _ERROR and line:
+        _said.__dict__.setdefault("errors", []).append(line)
+    if line and level != _CONTINUED:
+        logger.debug("%s", line)
+
+
+llama.llama_log_set(_log, None)
+mtmd.mtmd_helper_log_set(_log, None)
+llama.llama_backend_init()
+
+
+def explained(function: Callable[..., Any], *args: Any) -> tuple[Any, str]:
+    """What `function(*args)` returns, and the first error that llama.cpp logged in it, or ""."""
+    errors: list[str] = []
+    _said.errors = errors
+    result = function(*args)
+    return result, re.sub(r"^(\w+: )+", "", errors[0]) if errors else ""
+
+
+# llama-csp.h
+
+
+class CspParams(ctypes.Structure):
+    _fields_ = [
+        ("budget", ctypes.c_uint32),
+        ("recent", ctypes.c_uint32),
+        ("cross_ratio", ctypes.c_double),
+        ("n_score", ctypes.c_float),
+        ("n_decode", ctypes.c_float),
+        ("sink", ctypes.c_int),
+        ("inspect", ctypes.c_bool),
+    ]
+
+
+class CspStats(ctypes.Structure):
+    _fields_ = [
+        ("n_layer", ctypes.c_uint32),
+        ("n_cells", ctypes.c_uint32),
+        ("n_kept", ctypes.c_uint32),
+        ("n_tokens", ctypes.c_uint32),
+        ("n_window", ctypes.c_uint32),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("modality", ctypes.POINTER(ctypes.c_int8)),
+        ("window_pos", ctypes.POINTER(ctypes.c_int32)),
+        ("window_modality", ctypes.POINTER(ctypes.c_int8)),
+        ("t_score_us", ctypes.c_int64),
+        ("t_select_us", ctypes.c_int64),
+        ("t_compact_us", ctypes.c_int64),
+    ]
+
+
+class CspLayer(ctypes.Structure):
+    _fields_ = [
+        ("il", ctypes.c_int32),
+        ("n_head", ctypes.c_uint32),
+        ("n_head_kv", ctypes.c_uint32),
+        ("n_embd_head_k", ctypes.c_uint32),
+        ("kq_scale", ctypes.c_float),
+        ("kept", ctypes.POINTER(ctypes.c_uint32)),
+        ("sink", ctypes.POINTER(ctypes.c_float)),
+        ("token", ctypes.POINTER(ctypes.c_uint32)),
+        ("q", ctypes.POINTER(ctypes.c_float)),
+        ("k", ctypes.POINTER(ctypes.c_float)),
+        ("self", ctypes.POINTER(ctypes.c_float)),
+        ("cross", ctypes.POINTER(ctypes.c_float)),
+    ]
+
+
+SINK_NONE, SINK_FIXED, SINK_MASS = range(3)
+
+
+def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(llama._lib, name)
+    function.restype = result  # type: ignore[attr-defined]
+    function.argtypes = list(arguments)  # type: ignore[attr-defined]
+    return function
+
+
+csp_default_params = _function("llama_csp_default_params", CspParams)
+csp_last_error = _function("llama_csp_last_error", ctypes.c_char_p)
+csp_init = _function("llama_csp_init", ctypes.c_void_p, ctypes.c_void_p)
+csp_free = _function("llama_csp_free", None, ctypes.c_void_p)
+csp_observe = _function("llama_csp_observe", ctypes.c_bool, ctypes.c_void_p, ctypes.c_uint32)
+csp_prune = _function("llama_csp_prune", ctypes.c_bool, ctypes.c_void_p, CspParams)
+csp_get_stats = _function("llama_csp_get_stats", CspStats, ctypes.c_void_p)
+csp_get_layer = _function("llama_csp_get_layer", CspLayer, ctypes.c_void_p, ctypes.c_uint32)
+csp_select = _function(
+    "llama_csp_select",
+    ctypes.c_uint32,
+    ctypes.POINTER(ctypes.c_float),
+    ctypes.POINTER(ctypes.c_float),
+    ctypes.c_uint32,
+    ctypes.c_uint32,
+    ctypes.c_uint32,
+    ctypes.c_double,
+    ctypes.POINTER(ctypes.c_uint32),
+)

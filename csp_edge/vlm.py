@@ -1,0 +1,500 @@
+"""Chat with pictures: the package's front door."""
+
+import threading
+import time
+import weakref
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeAlias, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from csp_edge.engine import Engine, Prefill, Progress
+from csp_edge.errors import CspEdgeError, OptionError, PolicyError, TemplateError
+from csp_edge.gguf_file import find_model
+from csp_edge.hook import Pruning
+from csp_edge.images import Source, load_image
+from csp_edge.policies import CSP, Full
+from csp_edge.sampling import Sampler, Sampling, TextStream, schema_to_grammar
+from csp_edge.template import ChatTemplate, Message, Text, normalize_messages
+from csp_edge.tokenizer import Patches, Prompt
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+_MARKER = "<__media__>"
+_DEMO_MODEL = Path(__file__).parent / "models" / "csp-tiny-q8_0.gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens. Of the prompt's, `image_tokens` stand for pictures; `cached_tokens` were there."""
+
+    prompt_tokens: int
+    image_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. `first_token_s` is all of the time before the answer, but for waiting in a queue."""
+
+    encode_s: float
+    prefill_s: float
+    prune_s: float
+    first_token_s: float
+    decode_s: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class PictureTokens:
+    """Where a picture, or a tile of it, stands in the conversation, and its grid of patches."""
+
+    picture: int
+    tile: int
+    start: int
+    n_rows: int
+    n_cols: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFigures:
+    """The KV cache before and after pruning. Bytes are those of K and V in the cells in use.
+
+    pruning: what was kept, per layer and head. None: nothing was evicted.
+    """
+
+    policy: CSP | Full
+    cells_before: int
+    cells_after: int
+    bytes_before: int
+    bytes_after: int
+    pictures: tuple[PictureTokens, ...]
+    pruning: Pruning | None
+
+    @property
+    def kept(self) -> list[npt.NDArray[np.uint32]]:
+        """For each pruned layer uint32 [n_head_kv, n_kept]: tokens of the conversation."""
+        return [layer.kept for layer in self.pruning.layers] if self.pruning else []
+
+    def patches(self) -> list[npt.NDArray[np.floating]]:
+        """For each of `pictures` float [n_rows, n_cols]: the share of heads that kept it."""
+        if not self.pruning:
+            return [np.ones((p.n_rows, p.n_cols)) for p in self.pictures]
+        kept = np.concatenate([kept.ravel() for kept in self.kept])
+        n_heads = sum(len(kept) for kept in self.kept)
+        share = np.bincount(kept, minlength=self.pruning.n_tokens) / n_heads
+        return [
+            share[p.start : p.start + p.n_rows * p.n_cols].reshape(p.n_rows, p.n_cols)
+            for p in self.pictures
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatResult:
+    """An answer.
+
+    finish_reason: "stop": the model or a stop string ended it, or the grammar is fulfilled;
+    "length": max_tokens or the context is reached; "cancelled": the stream was closed before.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    cache: CacheFigures
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A prompt that is in the cache, pruned, and the first token of its answer."""
+
+    token: int | None
+    prompt: Prompt
+    prefill: Prefill
+    figures: CacheFigures
+    prune_s: float
+    first_token_s: float
+
+
+class ChatStream(Iterator[str]):
+    """An answer's pieces as they come, and its `result` once they have ended.
+
+    It can be ended early, by close(), `with`, or by letting go of it. What was said until then
+    stays in the cache.
+    """
+
+    def __init__(
+        self,
+        vlm: "EdgeVLM",
+        start: _Start,
+        sampler: Sampler,
+        text: TextStream,
+        max_tokens: int | None,
+    ) -> None:
+        self._vlm = vlm
+        self._start = start
+        self._sampler = sampler
+        self._text = text
+        self._max_tokens = max_tokens
+        self._said: list[str] = []
+        self._n_tokens = 0
+        self._n_decoded = 0
+        self._decode_s = 0.0
+        self._reason: FinishReason = "cancelled"
+        self._taken_over = False
+        self._pieces = self._run()
+        self.result: ChatResult | None = None
+
+    def __next__(self) -> str:
+        if self._taken_over:
+            raise CspEdgeError("this stream was closed by a later chat on the same thread")
+        try:
+            piece = next(filter(None, self._pieces))
+        except BaseException:
+            self.close()
+            raise
+        self._said.append(piece)
+        return piece
+
+    def _run(self) -> Generator[str]:
+        engine, token = self._vlm.engine, self._start.token
+        while token is not None and not engine.tokenizer.ends(token):
+            self._n_tokens += 1
+            yield self._text.push(engine.tokenizer.piece(token))
+            if self._text.stopped:
+                break
+            if self._n_tokens == self._max_tokens or not engine.room:
+                self._reason = "length"
+                yield self._text.flush()
+                return
+            t0 = time.perf_counter()
+            engine.decode(token)
+            token = self._sampler.sample(engine.logits)
+            self._decode_s += time.perf_counter() - t0
+            self._n_decoded += 1
+        self._reason = "stop"
+        yield self._text.flush()
+
+    def close(self) -> None:
+        """End the answer here."""
+        if self.result is not None:
+            return
+        self._pieces.close()
+        self._sampler.close()
+        prompt, prefill = self._start.prompt, self._start.prefill
+        self.result = ChatResult(
+            "".join(self._said),
+            self._reason,
+            Usage(
+                prompt.n_tokens,
+                sum(item.n_tokens for item in prompt.items if isinstance(item, Patches)),
+                prefill.n_reused,
+                self._n_tokens,
+            ),
+            Timings(
+                prefill.encode_s,
+                prefill.decode_s,
+                self._start.prune_s,
+                self._start.first_token_s,
+                self._decode_s,
+                self._n_decoded / self._decode_s if self._decode_s else 0.0,
+            ),
+            self._start.figures,
+        )
+        self._vlm._release()
+
+    def _take_over(self) -> None:
+        self._taken_over = self.result is None
+        self.close()
+
+    def __enter__(self) -> "ChatStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class EdgeVLM:
+    """A model to chat with about pictures.
+
+    Threads may share it: calls queue, and a stream holds its place until it has ended or is closed.
+    A chat that begins while a stream of the same thread is open closes that stream.
+
+    Args:
+        path: a model's GGUF file, or a folder that holds one. A projector beside it is found.
+        mmproj: the projector's file.
+        n_ctx: cells of the KV cache. None: what the model and the prompt need.
+        n_threads: None: one for each CPU.
+        n_gpu_layers: layers to offload, -1: all.
+        kv_type: type of K and V in the cache: f32, f16, bf16, q8_0 or q4_0.
+        cache: what is kept of each prompt: CSP(...) or Full().
+        allow_urls: fetch pictures given as http(s) URLs.
+        progress: called with ("load" | "encode" | "prefill", done, total).
+
+    Raises:
+        ModelError: the model can't be read, can't chat, or `cache` can't prune it.
+        ProjectorError: the projector can't be read, or belongs to another model.
+        TemplateError: its chat template is broken.
+        PolicyError, OptionError: a setting makes no sense.
+        MemoryLimitError: it doesn't fit.
+        LibraryError: the patched llama.cpp libraries are missing.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        mmproj: str | PathLike[str] | None = None,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        kv_type: str = "f16",
+        cache: CSP | Full = CSP(),  # noqa: B008
+        allow_urls: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        if not isinstance(cache, (CSP, Full)):
+            raise PolicyError(f"cache={cache!r}: give CSP(...) or Full()")
+        files = find_model(path)
+        self.cache = cache
+        self._allow_urls = allow_urls
+        self.engine = Engine(
+            files.model,
+            files.mmproj if mmproj is None else Path(mmproj),
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            n_gpu_layers=n_gpu_layers,
+            kv_type=kv_type,
+            prune=isinstance(cache, CSP),
+            progress=progress,
+        )
+        self._close = weakref.finalize(self, self.engine.close)
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._stream: weakref.ref[ChatStream] | None = None
+        try:
+            self._template = ChatTemplate(
+                self.engine.chat_template,
+                bos_token=self.engine.tokenizer.bos_text,
+                eos_token=self.engine.tokenizer.eos_text,
+                marker=_MARKER,
+            )
+        except BaseException:
+            self._close()
+            raise
+        self._lead = self._answer_lead()
+
+    @classmethod
+    def demo(cls, **options: Any) -> "EdgeVLM":
+        """The small model in this package. It knows coloured shapes; options as for EdgeVLM."""
+        return cls(_DEMO_MODEL, **options)
+
+    @overload
+    def chat(
+        self,
+        prompt: str | bytes | Sequence[Any],
+        images: Sequence[Source] | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        max_tokens: int | None = ...,
+        stop: str | Sequence[str] | None = ...,
+        grammar: str | None = ...,
+        json_schema: str | Mapping[str, Any] | None = ...,
+        **sampling: float | None,
+    ) -> ChatResult: ...
+
+    @overload
+    def chat(
+        self,
+        prompt: str | bytes | Sequence[Any],
+        images: Sequence[Source] | None = ...,
+        *,
+        stream: Literal[True],
+        max_tokens: int | None = ...,
+        stop: str | Sequence[str] | None = ...,
+        grammar: str | None = ...,
+        json_schema: str | Mapping[str, Any] | None = ...,
+        **sampling: float | None,
+    ) -> ChatStream: ...
+
+    def chat(
+        self,
+        prompt: str | bytes | Sequence[Any],
+        images: Sequence[Source] | None = None,
+        *,
+        stream: bool = False,
+        max_tokens: int | None = 512,
+        stop: str | Sequence[str] | None = None,
+        grammar: str | None = None,
+        json_schema: str | Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> ChatResult | ChatStream:
+        """The answer to a prompt, or to messages in OpenAI's shape.
+
+        What the cache holds of the conversation already is not computed again: give the messages
+        so far, the answers as they came, and a new one.
+
+        Args:
+            images: pictures before the prompt: paths, data URIs, bytes, PIL images, arrays.
+            stream: return the pieces as they come.
+            max_tokens: of the answer. None: as many as the context holds.
+            stop: strings that end the answer.
+            grammar: GBNF that the answer follows.
+            json_schema: JSON schema that the answer follows, as a mapping or as text.
+            sampling: temperature, top_k, top_p, min_p, repeat_penalty, frequency_penalty,
+                presence_penalty, seed: see csp_edge.sampling.Sampling. Greedy by default.
+
+        Raises:
+            PromptError: the prompt is empty, malformed, not valid text, or beyond the context.
+            ImageError: a picture can't be read.
+            ProjectorError: there are pictures, and the model has no projector.
+            TemplateError: the chat template refuses the messages.
+            OptionError, PolicyError: a setting makes no sense, for this prompt.
+            MemoryLimitError: the prompt's cache doesn't fit.
+        """
+        drawing = Sampling(**sampling)
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            raise OptionError(f"max_tokens={max_tokens!r}: give an integer of at least 1, or None")
+        if grammar is not None and json_schema is not None:
+            raise OptionError("grammar and json_schema: give one of them")
+        if json_schema is not None:
+            grammar = schema_to_grammar(json_schema)
+        text = TextStream(stop, lead=self._lead)
+        messages = normalize_messages(prompt, () if images is None else images)
+
+        self._acquire()
+        try:
+            sampler = Sampler(self.engine.model, drawing, grammar)
+            try:
+                start = self._begin(messages, sampler, max_tokens or self.engine.n_ctx_max)
+            except BaseException:
+                sampler.close()
+                raise
+        except BaseException:
+            self._release()
+            raise
+        answer = ChatStream(self, start, sampler, text, max_tokens)
+        self._stream = weakref.ref(answer)
+        if stream:
+            return answer
+        with answer:
+            for _ in answer:
+                pass
+        assert answer.result is not None
+        return answer.result
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._acquire()
+        try:
+            self.engine.clear()
+        finally:
+            self._release()
+
+    def close(self) -> None:
+        """Free everything. Closing twice is fine; using it afterwards is an error."""
+        if self._close.alive:
+            self._acquire()
+            try:
+                self._close()
+            finally:
+                self._release()
+
+    def __enter__(self) -> "EdgeVLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _acquire(self) -> None:
+        stream = self._stream and self._stream()
+        if stream and self._owner == threading.get_ident():
+            stream._take_over()
+        self._lock.acquire()
+        if not self._close.alive:
+            self._lock.release()
+            raise CspEdgeError("this EdgeVLM is closed: make a new one")
+        self._owner = threading.get_ident()
+
+    def _release(self) -> None:
+        self._owner = None
+        self._lock.release()
+
+    def _answer_lead(self) -> str:
+        """What the template writes before an answer: mostly nothing, or a space."""
+        question, answer = Message("user", (Text("a"),)), Message("assistant", (Text("<b>"),))
+        try:
+            before = self._template.render([question])
+            whole = self._template.render([question, answer], add_generation_prompt=False)
+        except TemplateError:
+            return ""
+        lead, found, _ = whole.removeprefix(before).partition("<b>")
+        return lead if whole.startswith(before) and found else ""
+
+    def _tokenize(self, messages: Sequence[Message]) -> Prompt:
+        sources = [source for message in messages for source in message.pictures]
+        pictures = [load_image(source, allow_url=self._allow_urls) for source in sources]
+        texts = self._template.render(messages).split(_MARKER)
+        parts: list[Any] = [texts[0]]
+        for picture, text in zip(pictures, texts[1:], strict=True):
+            parts += [picture, text]
+        return self.engine.tokenizer.tokenize(
+            [part for part in parts if not isinstance(part, str) or part]
+        )
+
+    def _begin(self, messages: Sequence[Message], sampler: Sampler, room: int) -> _Start:
+        t0 = time.perf_counter()
+        with self._tokenize(messages) as prompt:
+            policy = self.cache
+            budget = window = 0
+            if isinstance(policy, CSP):
+                budget, window, _ = policy.resolve(prompt.n_tokens)
+            is_pruned = 0 < budget < prompt.n_tokens
+            prefill = self.engine.prefill(prompt, room=room, window=window if is_pruned else 0)
+        # drawn from the whole prompt: pruning takes nothing from the first token
+        token = sampler.sample(self.engine.logits)
+
+        t1 = time.perf_counter()
+        n_cells, pruning = self.engine.n_cells, None
+        if isinstance(policy, CSP) and is_pruned and budget < n_cells:
+            pruning = self.engine.prune(policy)
+        else:
+            self.engine.observe(0)
+        t2 = time.perf_counter()
+
+        n_kept, n_bytes = self.engine.n_cells, self.engine.bytes_per_cell
+        # layers with a sliding window are not pruned
+        share = len(pruning.layers) / self.engine.info.n_layer if pruning else 1.0
+        figures = CacheFigures(
+            policy,
+            n_cells,
+            n_kept,
+            round(n_cells * n_bytes),
+            round((n_kept * share + n_cells * (1 - share)) * n_bytes),
+            _pictures(prompt),
+            pruning,
+        )
+        return _Start(token, prompt, prefill, figures, t2 - t1, t2 - t0)
+
+
+def _pictures(prompt: Prompt) -> tuple[PictureTokens, ...]:
+    pictures = []
+    start = 0
+    for item in prompt.items:
+        if isinstance(item, Patches):
+            pictures.append(PictureTokens(item.picture, item.tile, start, item.n_rows, item.n_cols))
+        start += 1 if isinstance(item, int) else item.n_tokens
+    return tuple(pictures)

@@ -1,0 +1,746 @@
+"""EdgeVLM on the embedded model and on SmolLM2."""
+
+import base64
+import gc
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import csp_edge.engine
+import tiny_models
+from csp_edge import CSP, EdgeVLM, Full, vlm
+from csp_edge.engine import Engine
+from csp_edge.errors import (
+    CspEdgeError,
+    ImageError,
+    MemoryLimitError,
+    ModelError,
+    OptionError,
+    PolicyError,
+    ProjectorError,
+    PromptError,
+    TemplateError,
+)
+
+FRANCE = "What is the capital of France? Answer in one sentence."
+STAR = "what color is the star in image 2 ?"
+MOON = "what color is the moon in image 3 ?"
+CROSS = "what color is the cross in image 3 ?"
+
+
+def small(**options):
+    """The embedded model on one thread."""
+    return EdgeVLM.demo(n_threads=1, **options)
+
+
+def user(text, images=()):
+    pictures = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    """The embedded model over a cache pruned to a fifth."""
+    with small(cache=CSP(0.2)) as vlm:
+        yield vlm
+
+
+@pytest.fixture(autouse=True)
+def forgotten(request):
+    """Each test begins a new conversation."""
+    yield
+    for name in {"demo", "pruned", "smollm2"} & set(request.fixturenames):
+        request.getfixturevalue(name).reset()
+
+
+# answers
+
+
+def test_answers_about_pictures(demo, scenes, contents):
+    colours = {}
+    for i, scene in enumerate(scenes[:4], 1):
+        for thing in contents[scene.name]:
+            colour, shape = thing.split()
+            colours[f"what color is the {shape} in image {i} ?"] = colour
+    answers = {question: demo.chat(question, scenes[:4]).text for question in colours}
+    assert answers == colours
+
+
+def test_a_result_says_what_it_took(demo, scenes):
+    result = demo.chat(STAR, scenes[:2])
+    assert result.text == "blue"
+    assert result.finish_reason == "stop"
+    usage = result.usage
+    assert usage.image_tokens == 2 * 36
+    assert usage.prompt_tokens > usage.image_tokens
+    assert (usage.cached_tokens, usage.completion_tokens) == (0, 1)
+    assert result.timings.first_token_s > result.timings.prefill_s > 0
+    cells = usage.prompt_tokens
+    assert result.cache.cells_before == result.cache.cells_after == cells
+    # 6 layers, 2 KV heads of 64, K and V, two bytes each
+    assert result.cache.bytes_before == cells * 6 * 2 * 64 * 2 * 2
+    assert result.cache.kept == []
+    assert [p.shape for p in result.cache.patches()] == [(6, 6)] * 2
+
+
+def test_text_alone_works_with_and_without_a_projector(demo, smollm2):
+    assert demo.chat("how many images ?", max_tokens=4).usage.image_tokens == 0
+    answer = smollm2.chat(FRANCE, max_tokens=20)
+    assert "Paris" in answer.text
+
+
+def test_messages_in_openais_shape(demo, scenes):
+    pixels = np.asarray(Image.open(scenes[1]).convert("RGB"))
+    png = scenes[1].read_bytes()
+    uri = "data:image/png;base64," + base64.b64encode(png).decode()
+    demo.chat(STAR, scenes[:2])
+    n_encoded = demo.engine.n_encoded
+    for source in (str(scenes[1]), png, uri, Image.open(io.BytesIO(png)), pixels):
+        assert demo.chat(STAR, [scenes[0], source]).text == "blue"
+    parts = [{"type": "image_url", "image_url": {"url": uri}}] * 2
+    content = [*parts, {"type": "text", "text": STAR}]
+    assert demo.chat([{"role": "user", "content": content}]).text == "blue"
+    # the same pictures all along, by content
+    assert demo.engine.n_encoded == n_encoded
+
+
+def test_exactly_one_bos(demo, smollm2):
+    for each in (demo, smollm2):
+        bos = each.engine.tokenizer.tokenize([each.engine.tokenizer.bos_text]).items
+        assert len(bos) == 1
+        items = each._tokenize(vlm.normalize_messages("hello")).items
+        assert items[0] == bos[0]
+        assert items[1] != bos[0]
+
+
+# streaming
+
+
+def test_a_stream_is_the_answer_in_pieces(demo, scenes):
+    whole = demo.chat("what is in image 3 ?", scenes[:4])
+    stream = demo.chat("what is in image 3 ?", scenes[:4], stream=True)
+    assert stream.result is None
+    pieces = list(stream)
+    assert len(pieces) == whole.usage.completion_tokens > 2
+    assert "".join(pieces) == stream.result.text == whole.text
+    assert stream.result.finish_reason == "stop"
+    assert list(stream) == []
+
+
+def cancel_by_closing(stream):
+    stream.close()
+    stream.close()
+
+
+def cancel_by_leaving(stream):
+    with stream:
+        pass
+
+
+def cancel_by_letting_go(stream):
+    del stream
+    gc.collect()
+
+
+@pytest.mark.parametrize("cancel", [cancel_by_closing, cancel_by_leaving, cancel_by_letting_go])
+@pytest.mark.parametrize("n_taken", [0, 2])
+def test_a_stream_can_be_cancelled(smollm2, cancel, n_taken):
+    question = [user("Tell me about Paris.")]
+    full = smollm2.chat(question, max_tokens=8)
+    stream = smollm2.chat(question, max_tokens=8, stream=True)
+    said = [next(stream) for _ in range(n_taken)]
+    cells = smollm2.engine.n_cells
+    cancel(stream)
+    del stream
+    assert smollm2.engine.n_cells == cells
+    # the conversation goes on from what was said
+    after = [*question, assistant("".join(said) or "Well."), user("And Rome?")]
+    assert smollm2.chat(after, max_tokens=1).usage.cached_tokens >= full.usage.prompt_tokens
+    assert smollm2.chat(question, max_tokens=8).text == full.text
+
+
+def test_a_cancelled_stream_says_so(smollm2):
+    with smollm2.chat("Tell me about Paris.", stream=True) as stream:
+        said = next(stream) + next(stream)
+    assert stream.result.finish_reason == "cancelled"
+    assert stream.result.text == said
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_breaking_out_of_a_stream_and_asking_again(demo, scenes):
+    for _ in demo.chat("what is in image 3 ?", scenes[:4], stream=True):
+        break
+    assert demo.chat(STAR, scenes[:2]).text == "blue"
+
+
+def test_a_later_chat_on_the_same_thread_closes_an_open_stream(demo, scenes):
+    stream = demo.chat("what is in image 3 ?", scenes[:4], stream=True)
+    next(stream)
+    assert demo.chat(STAR, scenes[:2]).text == "blue"
+    with pytest.raises(CspEdgeError, match="closed by a later chat"):
+        next(stream)
+
+
+def test_finish_reasons(smollm2):
+    question = "Count from one to twenty."
+    long = smollm2.chat(question, max_tokens=12)
+    assert (long.finish_reason, long.usage.completion_tokens) == ("length", 12)
+    word = long.text.split()[3]
+    stopped = smollm2.chat(question, max_tokens=12, stop=[word, "unseen"])
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == long.text[: long.text.index(word)]
+
+
+def test_sampling(smollm2):
+    def draw(seed, **options):
+        return smollm2.chat("Invent a name.", max_tokens=8, seed=seed, **options).text
+
+    assert draw(1, temperature=1.5) == draw(1, temperature=1.5)
+    assert len({draw(seed, temperature=1.5) for seed in range(4)}) > 1
+    assert len({draw(seed) for seed in range(3)}) == 1
+
+
+def test_a_json_schema_and_a_grammar(smollm2):
+    schema = {"type": "object", "properties": {"n": {"enum": [3, 7]}}, "required": ["n"]}
+    for seed in range(3):
+        answer = smollm2.chat("Say it.", json_schema=schema, temperature=2.0, seed=seed)
+        assert "".join(answer.text.split()) in ('{"n":3}', '{"n":7}')
+        assert answer.finish_reason == "stop"
+    assert smollm2.chat("Well?", grammar='root ::= "ü" "€"').text == "ü€"
+
+
+# conversations
+
+
+def test_a_conversation_prefills_only_what_is_new(demo, scenes):
+    messages = [user(STAR, scenes[:4])]
+    first = demo.chat(messages)
+    messages += [assistant(first.text), user(MOON)]
+    second = demo.chat(messages)
+    assert second.text == "orange"
+    # the prompt and the answer were there; the end of the answer is not in the cache
+    assert second.usage.cached_tokens == first.usage.prompt_tokens + first.usage.completion_tokens
+    messages += [assistant(second.text), user(CROSS)]
+    third = demo.chat(messages)
+    assert third.text == "green"
+    assert third.usage.cached_tokens == second.usage.prompt_tokens + 1
+
+    reused = demo.engine.logits.copy()
+    demo.reset()
+    assert demo.chat(messages).usage.cached_tokens == 0
+    np.testing.assert_allclose(demo.engine.logits, reused, atol=2e-2)
+
+
+def test_a_conversation_of_text(smollm2):
+    messages = [user(FRANCE)]
+    first = smollm2.chat(messages, max_tokens=20)
+    messages += [assistant(first.text), user("And of Italy?")]
+    second = smollm2.chat(messages, max_tokens=20)
+    assert second.usage.cached_tokens == first.usage.prompt_tokens + first.usage.completion_tokens
+    assert "Rome" in second.text
+
+
+def test_another_question_about_the_same_pictures_keeps_them(demo, scenes):
+    first = demo.chat(STAR, scenes[:4])
+    n_encoded = demo.engine.n_encoded
+    second = demo.chat(CROSS, scenes[:4])
+    assert second.text == "green"
+    assert 4 * 36 < second.usage.cached_tokens < first.usage.prompt_tokens
+    assert demo.engine.n_encoded == n_encoded
+
+
+def test_the_same_question_again_gives_the_same_answer(demo, pruned, scenes):
+    for each in (demo, pruned):
+        answers = {each.chat("what is in image 3 ?", scenes[:4]).text for _ in range(3)}
+        assert len(answers) == 1
+
+
+def test_a_picture_is_encoded_once(scenes):
+    with small(cache=Full()) as vlm:
+        vlm.chat(STAR, scenes[:2])
+        vlm.reset()
+        vlm.chat(STAR, [scenes[1], scenes[1], scenes[0]])
+        assert vlm.engine.n_encoded == 2
+        vlm.chat("what is in image 1 ?", scenes[2:3])
+        assert vlm.engine.n_encoded == 3
+
+
+def test_the_embedding_cache_is_bounded_and_drops_the_oldest(scenes, monkeypatch):
+    one = 36 * 256 * 4
+    monkeypatch.setattr(csp_edge.engine, "_EMBEDDING_CACHE_BYTES", 2 * one)
+    with small(cache=Full()) as vlm:
+        for picture, n_encoded in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
+            vlm.chat("what is in image 1 ?", [scenes[picture]], max_tokens=1)
+            assert vlm.engine.n_encoded == n_encoded
+        assert sum(e.nbytes for e in vlm.engine._embeddings.values()) == 2 * one
+        # more than fits still gives right answers
+        assert vlm.chat(STAR, scenes[:4]).text == "blue"
+
+
+# pruning
+
+
+def test_pruning_to_a_budget(pruned, scenes):
+    result = pruned.chat(STAR, scenes[:4])
+    assert result.text == "blue"
+    cache = result.cache
+    assert cache.cells_before == result.usage.prompt_tokens == 170
+    assert cache.cells_after == 34
+    assert cache.bytes_after * 5 == cache.bytes_before
+    assert [kept.shape for kept in cache.kept] == [(2, 34)] * 6
+    for kept in cache.kept:
+        assert (np.diff(kept.astype(int), axis=1) > 0).all()
+        assert (kept[:, -16:] == np.arange(154, 170)).all()  # the recent ones
+    assert result.timings.prune_s > 0
+
+    shares = cache.patches()
+    assert [share.shape for share in shares] == [(6, 6)] * 4
+    first = cache.pictures[0]
+    heads = np.stack(cache.kept).reshape(12, -1)
+    for i in range(36):
+        assert shares[0].flat[i] == pytest.approx((heads == first.start + i).any(axis=1).mean())
+    assert (cache.pruning.modality[first.start : first.start + 36] == 1).all()
+    assert (cache.pruning.modality == 1).sum() == 4 * 36
+
+
+def test_a_budget_in_cells_and_one_that_evicts_nothing(scenes):
+    with small(cache=CSP(50, window=8, recent=4)) as vlm:
+        cache = vlm.chat(STAR, scenes[:4]).cache
+        assert (cache.cells_before, cache.cells_after) == (170, 50)
+        assert cache.pruning.n_window == 8
+        cache = vlm.chat("how many images ?").cache
+        assert cache.cells_before == cache.cells_after < 50
+        assert cache.pruning is None
+
+
+def test_a_second_turn_over_a_pruned_cache(pruned, scenes):
+    messages = [user(STAR, scenes[:4])]
+    first = pruned.chat(messages)
+    messages += [assistant(first.text), user(MOON)]
+    second = pruned.chat(messages)
+    n_new = second.usage.prompt_tokens - second.usage.cached_tokens
+    assert second.usage.cached_tokens == first.usage.prompt_tokens + 1
+    # what the first turn kept, its answer, and the new turn
+    assert second.cache.cells_before == first.cache.cells_after + 1 + n_new
+    assert second.cache.cells_after == second.usage.prompt_tokens // 5
+    pruning = second.cache.pruning
+    assert pruning.n_tokens == second.usage.prompt_tokens
+    assert (pruning.pos == np.arange(pruning.n_tokens)).all()
+    assert (pruning.modality == 1).sum() == 4 * 36
+    for before, after in zip(first.cache.kept, second.cache.kept, strict=True):
+        for old, new in zip(before, after, strict=True):
+            assert set(new[new < first.usage.prompt_tokens]) <= set(old)
+    assert pruned.engine.n_past == second.usage.prompt_tokens + second.usage.completion_tokens
+
+
+def test_new_pictures_in_a_second_turn(pruned, scenes):
+    messages = [user("what is in image 1 ?", scenes[:1])]
+    first = pruned.chat(messages)
+    messages += [assistant(first.text), user("what color is the star in image 1 ?", scenes[1:2])]
+    second = pruned.chat(messages)
+    assert second.usage.cached_tokens > 36
+    assert [p.picture for p in second.cache.pictures] == [0, 1]
+    assert (second.cache.pruning.modality == 1).sum() == 72
+    assert len(second.cache.patches()) == 2
+
+
+def test_a_prompt_that_leaves_the_pruned_one_starts_anew(pruned, scenes):
+    alone = pruned.chat(CROSS, scenes[:4])
+    pruned.chat(STAR, scenes[:4])
+    again = pruned.chat(CROSS, scenes[:4])
+    assert again.usage.cached_tokens == 0
+    assert again.text == alone.text
+    assert again.cache.cells_before == 170
+    for a, b in zip(alone.cache.kept, again.cache.kept, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_cache_types(kv_type, scenes):
+    bits = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_0": 4.5}[kv_type]
+    with small(kv_type=kv_type, cache=CSP(0.5)) as vlm:
+        result = vlm.chat(STAR, scenes[:2])
+        assert result.text == "blue"
+        assert result.cache.bytes_before == result.cache.cells_before * 6 * 2 * 64 * 2 * bits / 8
+
+
+@pytest.mark.parametrize("sink", [None, 2.0, "mass"])
+@pytest.mark.parametrize("cross_ratio", [None, 0.0, 1.0])
+def test_settings_of_the_policy_reach_the_hook(sink, cross_ratio, scenes):
+    with small(cache=CSP(0.3, sink=sink, cross_ratio=cross_ratio)) as vlm:
+        result = vlm.chat("what is in image 3 ?", scenes[:4])
+        for layer in result.cache.pruning.layers:
+            assert (layer.sink is None) == (sink is None)
+            if sink == 2.0:
+                np.testing.assert_allclose(layer.sink, np.log(2.0), rtol=1e-6)
+
+
+# the context
+
+
+def test_the_context_grows_with_the_prompt(demo, scenes):
+    words = " red" * 1500
+    n_ctx = demo.engine.n_ctx
+    long = demo.chat(words, max_tokens=4)
+    assert long.usage.prompt_tokens > n_ctx
+    assert demo.engine.n_ctx >= long.usage.prompt_tokens + 4
+    assert demo.chat(STAR, scenes[:2]).text == "blue"
+
+
+def test_a_conversation_survives_growth(scenes):
+    with small(cache=CSP(0.2)) as vlm:
+        messages = [user(STAR, scenes[:4])]
+        messages += [assistant(vlm.chat(messages, max_tokens=8).text), user(MOON + " red" * 1500)]
+        n_encoded = vlm.engine.n_encoded
+        result = vlm.chat(messages, max_tokens=8)
+        assert result.usage.cached_tokens == 0
+        assert result.cache.cells_before == result.usage.prompt_tokens > 1500
+        assert vlm.engine.n_encoded == n_encoded
+
+
+def test_a_pruned_conversation_is_longer_than_its_cache(scenes):
+    with small(cache=CSP(30), n_ctx=256) as vlm:
+        messages = [user(STAR, scenes[:4])]
+        for _ in range(12):
+            answer = vlm.chat(messages, max_tokens=4)
+            messages += [assistant(answer.text), user(MOON)]
+        assert answer.usage.prompt_tokens > vlm.engine.n_ctx
+        assert answer.cache.cells_after == 30
+
+
+def test_an_answer_ends_where_the_context_does(smollm2_path):
+    with EdgeVLM(smollm2_path, cache=Full(), n_ctx=256, n_threads=1) as vlm:
+        result = vlm.chat("Sing.", grammar='root ::= "la " root', max_tokens=None)
+        assert result.finish_reason == "length"
+        assert result.usage.prompt_tokens + result.usage.completion_tokens == 256 + 1
+
+
+def test_logits_do_not_depend_on_how_the_prompt_came(smollm2):
+    # in one go, and token after token
+    engine = smollm2.engine
+    with engine.tokenizer.tokenize(["The quick brown fox jumps over the lazy dog and"]) as prompt:
+        engine.prefill(prompt)
+        whole = engine.logits.copy()
+        engine.clear()
+        for token in prompt.items:
+            engine.decode(token)
+    np.testing.assert_allclose(engine.logits, whole, atol=0.15)
+    assert engine.logits.argmax() == whole.argmax()
+
+
+def test_the_engine_prunes_inspects_and_steps_back(demo_paths, scenes):
+    engine = Engine(*demo_paths, prune=True, n_threads=1)
+    pixels = [np.asarray(Image.open(scene).convert("RGB")) for scene in scenes[:2]]
+    parts = [" image 1 :", pixels[0], " image 2 :", pixels[1], f" USER : {STAR} ASSISTANT :"]
+    with engine.tokenizer.tokenize(parts) as prompt:
+        done = engine.prefill(prompt, window=16)
+    assert (done.n_reused, done.n_decoded, done.n_encoded) == (0, prompt.n_tokens, 2)
+    full = engine.logits.copy()
+    pruning = engine.prune(CSP(30, recent=8), inspect=True)
+    layer = pruning.layers[0]
+    n = prompt.n_tokens
+    assert layer.q.shape == (16, 4, 64)
+    assert layer.k.shape == (n, 2, 64)
+    assert layer.self_.shape == layer.cross.shape == layer.token.shape == (2, n)
+    assert (engine.n_tokens, engine.n_cells, engine.n_past) == (n, 30, n)
+    # the last token once more, over the pruned cache
+    assert engine.cut(len(engine.items) - 1)
+    engine.decode(prompt.items[-1])
+    assert engine.n_past == n
+    assert engine.logits.argmax() == full.argmax()
+    assert not np.array_equal(engine.logits, full)
+    with pytest.raises(PromptError, match="ends with a picture"):
+        engine.prefill(engine.tokenizer.tokenize(parts[:2]))
+    with pytest.raises(OptionError, match="token=448"):
+        engine.decode(448)
+    engine.close()
+
+
+def test_pictures_of_more_tokens_than_a_batch(scenes, monkeypatch):
+    with small(cache=Full()) as vlm:
+        vlm.chat(STAR, scenes[:2])
+        expected = vlm.engine.logits.copy()
+    monkeypatch.setattr(csp_edge.engine, "_N_BATCH", 32)
+    with small(cache=Full()) as vlm:
+        assert vlm.chat(STAR, scenes[:2]).text == "blue"
+        np.testing.assert_allclose(vlm.engine.logits, expected, atol=2e-2)
+        # where they see each other both ways, they must come in one
+        non_causal = "mtmd_decode_use_non_causal"
+        monkeypatch.setattr(csp_edge.tokenizer.mtmd, non_causal, lambda *_: True)
+        assert vlm.chat(STAR, scenes[:2]).usage.cached_tokens == 0
+        assert vlm.engine._n_ubatch == 36
+
+
+# other architectures
+
+
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory, demo_paths):
+    path = tmp_path_factory.mktemp("sliding") / "gemma2.gguf"
+    tiny_models.gemma2(path, demo_paths[0])
+    return path
+
+
+@pytest.mark.parametrize(("n_words", "is_reused"), [(300, True), (900, False)])
+def test_a_sliding_window_is_not_cut_short(sliding, n_words, is_reused):
+    """What a window of 32 has lost can't come back when the conversation steps back."""
+    with EdgeVLM(sliding, cache=Full(), n_threads=1) as vlm:
+        vlm.chat(" red" * 200 + " blue" * n_words, max_tokens=1)
+        result = vlm.chat(" red" * 200 + " green" * 9, max_tokens=1)
+        assert (result.usage.cached_tokens > 200) == is_reused
+        logits = vlm.engine.logits.copy()
+        vlm.reset()
+        vlm.chat(" red" * 200 + " green" * 9, max_tokens=1)
+        np.testing.assert_allclose(vlm.engine.logits, logits, atol=0.05)
+
+
+def test_the_layers_with_full_attention_are_pruned(sliding):
+    with EdgeVLM(sliding, cache=CSP(0.25), n_threads=1) as vlm:
+        cache = vlm.chat(" red" * 200, max_tokens=1).cache
+        assert [layer.il for layer in cache.pruning.layers] == [1]
+        assert cache.cells_after == cache.cells_before // 4
+        assert cache.bytes_after == pytest.approx(cache.bytes_before * (1 + 0.25) / 2, rel=0.01)
+
+
+def test_a_recurrent_model_chats_and_is_not_pruned(tmp_path, demo_paths):
+    path = tmp_path / "mamba.gguf"
+    tiny_models.mamba(path, demo_paths[0])
+    with pytest.raises(ModelError, match="can't be pruned.*use cache=Full"):
+        EdgeVLM(path)
+    with EdgeVLM(path, cache=Full(), n_threads=1) as vlm:
+        first = vlm.chat("red", max_tokens=3)
+        # its state can't step back: it is computed anew
+        assert vlm.chat("red", max_tokens=3).text == first.text
+
+
+# sharing
+
+
+def test_threads_share_one(demo, scenes):
+    questions = [(STAR, "blue"), (MOON, "orange"), (CROSS, "green")] * 2
+    answers = {}
+
+    def ask(i, question):
+        if i % 2:
+            answers[i] = demo.chat(question, scenes[:4]).text
+        else:
+            answers[i] = "".join(demo.chat(question, scenes[:4], stream=True))
+
+    threads = [threading.Thread(target=ask, args=(i, q)) for i, (q, _) in enumerate(questions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {i: answer for i, (_, answer) in enumerate(questions)}
+
+
+def test_a_stream_keeps_others_waiting_until_it_is_closed(demo, scenes):
+    stream = demo.chat("what is in image 3 ?", scenes[:4], stream=True)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(demo.chat(STAR, scenes[:2]).text))
+    thread.start()
+    thread.join(0.2)
+    assert not answers
+    stream.close()
+    thread.join()
+    assert answers == ["blue"]
+
+
+def test_several_in_one_process(demo, pruned, smollm2, scenes):
+    stream = demo.chat("what is in image 3 ?", scenes[:4], stream=True)
+    other = pruned.chat(STAR, scenes[:2], stream=True)
+    assert next(stream)
+    assert next(other) == "blue"
+    assert "Paris" in smollm2.chat(FRANCE, max_tokens=10).text
+    assert stream.result is None
+
+
+def test_closing():
+    vlm = small()
+    stream = vlm.chat("what is this ?", stream=True)
+    vlm.close()
+    vlm.close()
+    assert vlm.engine.model is None
+    for use in (lambda: vlm.chat("hello"), vlm.reset, lambda: next(stream)):
+        with pytest.raises(CspEdgeError, match="closed"):
+            use()
+
+
+# errors, after each of which a good question is answered
+
+
+def assert_refused(vlm, kind, message, *args, **options):
+    with pytest.raises(kind) as error:
+        vlm.chat(*args, **options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "prompt", "options"),
+    [
+        (PromptError, "empty", "", {}),
+        (PromptError, "", [], {}),
+        (PromptError, "", [{"role": "user"}], {}),
+        (PromptError, "UTF-8", "a\ud800b", {}),
+        (PromptError, "UTF-8", b"a\xff", {}),
+        (PromptError, "beyond the context of 4096", " red" * 5000, {}),
+        (PromptError, "<__media__>", "<__media__>", {}),
+        (ImageError, "", STAR, {"images": ["/no/such/file.png"]}),
+        (ImageError, "", STAR, {"images": [b"not a picture"]}),
+        (ImageError, "", STAR, {"images": ["https://example.org/picture.png"]}),
+        (OptionError, "max_tokens=0", STAR, {"max_tokens": 0}),
+        (OptionError, "max_tokens='many'", STAR, {"max_tokens": "many"}),
+        (OptionError, "temperature=-1", STAR, {"temperature": -1}),
+        (OptionError, "stop=''", STAR, {"stop": ""}),
+        (OptionError, "grammar: ", STAR, {"grammar": "root ::="[:4]}),
+        (OptionError, "json_schema", STAR, {"json_schema": "{"}),
+        (OptionError, "give one of them", STAR, {"grammar": 'root ::= "a"', "json_schema": {}}),
+    ],
+)
+def test_bad_chats(demo, scenes, kind, message, prompt, options):
+    assert_refused(demo, kind, message, prompt, **options)
+    assert demo.chat(STAR, scenes[:2]).text == "blue"
+
+
+def test_a_misspelt_option_is_told(demo):
+    with pytest.raises(TypeError, match="temprature"):
+        demo.chat(STAR, temprature=1)
+
+
+def test_pictures_without_a_projector(smollm2, scenes):
+    assert_refused(smollm2, ProjectorError, "need a projector", STAR, scenes[:1])
+    assert smollm2.chat("Hello!", max_tokens=1).text
+
+
+def test_a_prompt_beyond_n_ctx(scenes):
+    with small(n_ctx=100, cache=Full()) as vlm:
+        assert_refused(vlm, PromptError, "beyond the context of 100", " red" * 300)
+        assert vlm.chat(STAR, scenes[:2]).text == "blue"
+
+
+def test_policies_that_make_no_sense(scenes):
+    with pytest.raises(PolicyError, match="cache='full'"):
+        small(cache="full")
+    for options in ({"budget": 0}, {"budget": -0.5}, {"budget": 1.5}):
+        with pytest.raises(PolicyError, match="budget"):
+            small(cache=CSP(**options))
+    with small(cache=CSP(0.2, window=60)) as vlm:
+        assert_refused(vlm, PolicyError, "window=60", "hello")
+        assert vlm.chat(STAR, scenes[:4]).text == "blue"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"n_ctx": 0},
+        {"n_ctx": 1.5},
+        {"n_ctx": 2**31},
+        {"n_threads": 0},
+        {"n_threads": -1},
+        {"n_threads": 513},
+        {"n_gpu_layers": -2},
+        {"kv_type": "f8"},
+    ],
+)
+def test_settings_out_of_range(option):
+    with pytest.raises(OptionError, match=next(iter(option))):
+        EdgeVLM.demo(**option)
+
+
+def test_models_that_can_not_be_read(tmp_path, demo_paths, smollm2_path):
+    model, mmproj = demo_paths
+    (tmp_path / "text.gguf").write_text("hello")
+    (tmp_path / "short.gguf").write_bytes(model.read_bytes()[:100_000])
+    for path in (tmp_path / "none.gguf", tmp_path / "text.gguf", tmp_path / "short.gguf"):
+        with pytest.raises(ModelError, match=path.name):
+            EdgeVLM(path)
+    with pytest.raises(ModelError):
+        EdgeVLM(mmproj)
+    with pytest.raises(ProjectorError, match="576"):
+        EdgeVLM(smollm2_path, mmproj=mmproj)
+    with pytest.raises((ModelError, ProjectorError)):
+        EdgeVLM(model, mmproj=tmp_path / "none.gguf")
+
+
+def test_a_broken_chat_template(tmp_path, demo_paths):
+    model = demo_paths[0].read_bytes()
+    assert b"{% for m in messages %}" in model
+    (tmp_path / "m.gguf").write_bytes(model.replace(b"{% for m in", b"{% fro m in"))
+    with pytest.raises(TemplateError):
+        EdgeVLM(tmp_path / "m.gguf")
+
+
+def test_no_memory_for_the_cache(scenes, monkeypatch):
+    with pytest.raises(MemoryLimitError, match="of 2000000000 cells"):
+        small(n_ctx=2_000_000_000)
+    with small(cache=Full()) as vlm:
+        monkeypatch.setattr(csp_edge.engine, "available_memory", lambda: 1_000_000)
+        assert_refused(vlm, MemoryLimitError, "1 MiB are free", " red" * 1500)
+        assert vlm.chat(STAR, scenes[:2]).text == "blue"
+    # what the estimate lets pass may fail nevertheless
+    monkeypatch.setattr(csp_edge.engine, "available_memory", lambda: None)
+    with small(cache=Full()) as vlm:
+        with monkeypatch.context() as patch:
+            patch.setattr(csp_edge.engine.llama, "llama_init_from_model", lambda *_: None)
+            with pytest.raises(CspEdgeError):
+                vlm.chat(" red" * 1500)
+        assert vlm.chat(STAR, scenes[:2]).text == "blue"
+
+
+@pytest.mark.parametrize("cache", [Full(), CSP(0.2)])
+@pytest.mark.parametrize("failing", range(4))
+def test_a_failing_decode_leaves_the_conversation_right(cache, failing, scenes, monkeypatch):
+    """Ctrl-C while llama.cpp works, or its refusal, before or after it stored the cells."""
+    llama = csp_edge.engine.llama
+    decode = llama.llama_decode
+    with small(cache=cache) as vlm:
+        messages = [user("what is in image 3 ?", scenes[:4])]
+        expected = vlm.chat(messages)
+        vlm.reset()
+
+        n_calls = 0
+
+        def fail(ctx, batch):
+            nonlocal n_calls
+            n_calls += 1
+            if n_calls <= 2 * (failing // 2) + 1:
+                return decode(ctx, batch)
+            if failing % 2:
+                return 1
+            decode(ctx, batch)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llama, "llama_decode", fail)
+            with pytest.raises((KeyboardInterrupt, CspEdgeError)):
+                vlm.chat(messages)
+        again = vlm.chat(messages)
+        assert again.text == expected.text
+        assert vlm.engine.n_tokens == expected.usage.prompt_tokens + len(again.text.split())
+
+
+def test_progress(scenes):
+    stages = []
+    with small(progress=lambda *stage: stages.append(stage)) as vlm:
+        vlm.chat(STAR, scenes[:2])
+    for stage, total in (("load", 100), ("encode", 2), ("prefill", 92)):
+        done = [d for s, d, t in stages if s == stage and t == total]
+        assert done == sorted(done)
+        assert done[-1] == total
+
+
+def test_progress_can_stop_the_loading():
+    def stop(stage, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small(progress=stop)
