@@ -11,9 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGMLQuantizationType
 
-from csp_edge import gguf_file, native
+from csp_edge import native
 from csp_edge.errors import (
     CspEdgeError,
     ImageError,
@@ -25,6 +24,7 @@ from csp_edge.errors import (
 )
 from csp_edge.hook import Hook, Pruning
 from csp_edge.memory import available_memory
+from csp_edge.model_info import KV_TYPES, describe
 from csp_edge.native import llama, mtmd
 from csp_edge.policies import CSP
 from csp_edge.tokenizer import Item, Patches, Prompt, Tokenizer
@@ -93,7 +93,7 @@ class Engine:
         self.kv_type = kv_type
         self._progress = progress or (lambda stage, done, total: None)
 
-        self.info = gguf_file.describe(model, mmproj, kv_type)
+        self.info = describe(model, mmproj, kv_type)
         self.bytes_per_cell = self.info.kv_bytes_per_token  # of K and V in all layers
         self.items: list[Item] = []  # what the cache holds, evicted tokens included
         self.n_ctx: int = 0
@@ -136,6 +136,9 @@ class Engine:
             raise failures[0]
         if not self.model:
             raise ModelError(f"{path}: llama.cpp can't load it: {why or 'unknown reason'}")
+        vocab = llama.llama_model_get_vocab(self.model)
+        if llama.llama_vocab_type(vocab) == llama.LLAMA_VOCAB_TYPE_NONE:
+            raise ModelError(f"{path}: has no vocabulary, so it can't chat: use a chat model")
         if llama.llama_model_has_encoder(self.model) or llama.llama_model_is_diffusion(self.model):
             raise ModelError(f"{path}: not a model that writes token by token: use a chat model")
 
@@ -164,7 +167,13 @@ class Engine:
     def _new_context(self, n_ctx: int, n_ubatch: int) -> None:
         self._check_memory(n_ctx, n_ubatch)
         self._free_context()
+        try:
+            self._make_context(n_ctx, n_ubatch)
+        except BaseException:
+            self._free_context()
+            raise
 
+    def _make_context(self, n_ctx: int, n_ubatch: int) -> None:
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_ubatch
@@ -173,7 +182,7 @@ class Engine:
         params.n_threads = params.n_threads_batch = self._n_threads
         # compaction gathers rows of V, which only flash attention leaves in rows
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k = params.type_v = GGMLQuantizationType[self.kv_type.upper()]
+        params.type_k = params.type_v = KV_TYPES[self.kv_type]
         params.offload_kqv = self._n_gpu_layers != 0
         params.swa_full = False
         params.no_perf = True
@@ -185,9 +194,10 @@ class Engine:
         self._memory = llama.llama_get_memory(self._ctx)
         if not self._memory:
             raise ModelError(f"{self.info.path}: keeps no cache, so it can't chat")
-        self._batch = llama.llama_batch_init(n_ubatch, 0, 1)
-        self._n_ubatch = n_ubatch
-        self.n_ctx = llama.llama_n_ctx(self._ctx)
+        # of a small context llama.cpp makes the batch smaller
+        self._n_ubatch = llama.llama_n_ubatch(self._ctx)
+        self._batch = llama.llama_batch_init(self._n_ubatch, 0, 1)
+        self.n_ctx = min(n_ctx, llama.llama_n_ctx(self._ctx))
 
         if self._prune:
             try:
@@ -369,6 +379,8 @@ class Engine:
             return n_kept
         # a new cache holds the whole conversation anew: what was evicted can't move into it
         self._new_context(max(n_ctx, self.n_ctx), n_ubatch)
+        if prompt.n_tokens > self.n_ctx:
+            raise self._beyond(prompt)
         return 0
 
     def _beyond(self, prompt: Prompt) -> PromptError:

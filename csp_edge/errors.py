@@ -1,8 +1,17 @@
 """What can go wrong. Every message is one line: what was wrong, with which value, what to do."""
 
 
+def printable(text: str) -> str:
+    """On one line, and without what could steer a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class CspEdgeError(Exception):
     """Base of all errors that this package raises on purpose."""
+
+    def __init__(self, message: str) -> None:
+        # it may name paths and quote files, whatever is in them
+        super().__init__(printable(message))
 
 
 class LibraryError(CspEdgeError):

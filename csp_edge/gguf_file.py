@@ -203,7 +203,7 @@ class _Reader:
         self.position += form.size
         return value
 
-    def bytes(self, n: int) -> bytes:
+    def take(self, n: int) -> bytes:
         data = self.data[self.position : self.position + n]
         if len(data) < n:
             raise struct.error
@@ -215,7 +215,7 @@ class _Reader:
         self.n_text += n_bytes
         if n_bytes > max_bytes or self.n_text > _MAX_TEXT:
             raise self.corrupt(f"a text of {n_bytes} bytes in its header")
-        return self.bytes(n_bytes).decode(errors="backslashreplace")
+        return self.take(n_bytes).decode(errors="backslashreplace")
 
     def metadata(self, n_keys: int) -> Iterator[tuple[str, GGUFValueType, Any]]:
         for _ in range(n_keys):
@@ -243,7 +243,7 @@ class _Reader:
         form = _SCALARS[GGUFValueType(kind)]
         if length > len(self.data) // form.size:
             raise struct.error
-        data = self.bytes(length * form.size)
+        data = self.take(length * form.size)
         values = tuple(v for (v,) in form.iter_unpack(data)) if length <= _MAX_VALUES else None
         return Array(GGUFValueType(kind), length, values)
 

@@ -93,7 +93,8 @@ class Hook:
             CspEdgeError: nothing was observed, or the device failed.
         """
         params = native.csp_default_params()
-        params.budget, _, params.recent = policy.resolve(n_tokens)
+        budget, _, recent = policy.resolve(n_tokens)
+        params.budget, params.recent = min(budget, n_tokens), min(recent, n_tokens)
         params.cross_ratio = -1.0 if policy.cross_ratio is None else policy.cross_ratio
         params.n_score = policy.n_score
         if policy.sink == "mass":

@@ -4,7 +4,7 @@ import codecs
 import ctypes
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,9 @@ class TextStream:
     """
 
     def __init__(self, stop: str | Sequence[str] | None = None, *, lead: str = "") -> None:
-        self._stop = [stop] if isinstance(stop, str) else list(stop or ())
+        stops: Any = () if stop is None else stop
+        is_one = isinstance(stops, str) or not isinstance(stops, Iterable)
+        self._stop: list[str] = [stops] if is_one else list(stops)
         for text in self._stop:
             if not isinstance(text, str) or not text:
                 raise OptionError(f"stop={text!r}: give strings that are not empty")
@@ -196,13 +198,14 @@ def schema_to_grammar(schema: str | Mapping[str, Any]) -> str:
 def _chain(vocab: Any, n_vocab: int, sampling: Sampling) -> Any:
     chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
     samplers = [
+        _suppressed(vocab, n_vocab),
         llama.llama_sampler_init_penalties(
             n_vocab,
             _PENALTY_LAST_N,
             sampling.repeat_penalty,
             sampling.frequency_penalty,
             sampling.presence_penalty,
-        )
+        ),
     ]
     if sampling.temperature == 0:
         samplers.append(llama.llama_sampler_init_greedy())
@@ -221,6 +224,7 @@ def _chain(vocab: Any, n_vocab: int, sampling: Sampling) -> Any:
 
 
 def _suppressed(vocab: Any, n_vocab: int) -> Any:
+    """Tokens that the model's file says must not be drawn."""
     n = ctypes.c_int32()
     tokens = llama.llama_vocab_get_suppress_tokens(vocab, n)
     biases = [llama.llama_logit_bias(tokens[i], -math.inf) for i in range(n.value)]

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from csp_edge.engine import Engine, Prefill, Progress
 from csp_edge.errors import CspEdgeError, OptionError, PolicyError, TemplateError
-from csp_edge.gguf_file import find_model
 from csp_edge.hook import Pruning
 from csp_edge.images import Source, load_image
+from csp_edge.model_files import find_model
 from csp_edge.policies import CSP, Full
 from csp_edge.sampling import Sampler, Sampling, TextStream, schema_to_grammar
 from csp_edge.template import ChatTemplate, Message, Text, normalize_messages
@@ -122,11 +122,22 @@ class _Start:
     first_token_s: float
 
 
+@dataclass(slots=True)
+class _Said:
+    """What an answer is and took so far."""
+
+    pieces: list[str]
+    n_tokens: int = 0
+    n_decoded: int = 0
+    decode_s: float = 0.0
+    reason: FinishReason = "cancelled"
+
+
 class ChatStream(Iterator[str]):
     """An answer's pieces as they come, and its `result` once they have ended.
 
-    It can be ended early, by close(), `with`, or by letting go of it. What was said until then
-    stays in the cache.
+    It can be ended early, by close() from any thread, `with`, or by letting go of it. What was said
+    until then stays in the cache.
     """
 
     def __init__(
@@ -140,78 +151,61 @@ class ChatStream(Iterator[str]):
         self._vlm = vlm
         self._start = start
         self._sampler = sampler
-        self._text = text
-        self._max_tokens = max_tokens
-        self._said: list[str] = []
-        self._n_tokens = 0
-        self._n_decoded = 0
-        self._decode_s = 0.0
-        self._reason: FinishReason = "cancelled"
+        self._said = _Said([])
+        # it knows nothing of the stream, which so ends as soon as nobody holds it
+        self._pieces = _pieces(vlm.engine, start.token, sampler, text, max_tokens, self._said)
+        self._lock = threading.RLock()
         self._taken_over = False
-        self._pieces = self._run()
         self.result: ChatResult | None = None
 
     def __next__(self) -> str:
-        if self._taken_over:
-            raise CspEdgeError("this stream was closed by a later chat on the same thread")
-        try:
-            piece = next(filter(None, self._pieces))
-        except BaseException:
-            self.close()
-            raise
-        self._said.append(piece)
-        return piece
-
-    def _run(self) -> Generator[str]:
-        engine, token = self._vlm.engine, self._start.token
-        while token is not None and not engine.tokenizer.ends(token):
-            self._n_tokens += 1
-            yield self._text.push(engine.tokenizer.piece(token))
-            if self._text.stopped:
-                break
-            if self._n_tokens == self._max_tokens or not engine.room:
-                self._reason = "length"
-                yield self._text.flush()
-                return
-            t0 = time.perf_counter()
-            engine.decode(token)
-            token = self._sampler.sample(engine.logits)
-            self._decode_s += time.perf_counter() - t0
-            self._n_decoded += 1
-        self._reason = "stop"
-        yield self._text.flush()
+        with self._lock:
+            if self._taken_over:
+                raise CspEdgeError("this stream was closed by a later chat on the same thread")
+            try:
+                piece = next(filter(None, self._pieces))
+            except BaseException:
+                self.close()
+                raise
+            self._said.pieces.append(piece)
+            return piece
 
     def close(self) -> None:
         """End the answer here."""
-        if self.result is not None:
-            return
-        self._pieces.close()
-        self._sampler.close()
-        prompt, prefill = self._start.prompt, self._start.prefill
-        self.result = ChatResult(
-            "".join(self._said),
-            self._reason,
+        with self._lock:
+            if self.result is not None:
+                return
+            self._pieces.close()
+            self._sampler.close()
+            self.result = self._result()
+            self._vlm._release()
+
+    def _result(self) -> ChatResult:
+        prompt, prefill, said = self._start.prompt, self._start.prefill, self._said
+        return ChatResult(
+            "".join(said.pieces),
+            said.reason,
             Usage(
                 prompt.n_tokens,
                 sum(item.n_tokens for item in prompt.items if isinstance(item, Patches)),
                 prefill.n_reused,
-                self._n_tokens,
+                said.n_tokens,
             ),
             Timings(
                 prefill.encode_s,
                 prefill.decode_s,
                 self._start.prune_s,
                 self._start.first_token_s,
-                self._decode_s,
-                self._n_decoded / self._decode_s if self._decode_s else 0.0,
+                said.decode_s,
+                said.n_decoded / said.decode_s if said.decode_s else 0.0,
             ),
             self._start.figures,
         )
-        self._vlm._release()
 
     def _take_over(self) -> None:
-        self._taken_over = self.result is None
-        self.close()
+        with self._lock:
+            self._taken_over = self.result is None
+            self.close()
 
     def __enter__(self) -> "ChatStream":
         return self
@@ -420,9 +414,12 @@ class EdgeVLM:
         self.close()
 
     def _acquire(self) -> None:
-        stream = self._stream and self._stream()
-        if stream and self._owner == threading.get_ident():
-            stream._take_over()
+        if self._owner == threading.get_ident():
+            stream = self._stream and self._stream()
+            if stream:
+                stream._take_over()
+        if self._owner == threading.get_ident():
+            raise CspEdgeError("this EdgeVLM is at work on this thread: wait until it has answered")
         self._lock.acquire()
         if not self._close.alive:
             self._lock.release()
@@ -488,6 +485,33 @@ class EdgeVLM:
             pruning,
         )
         return _Start(token, prompt, prefill, figures, t2 - t1, t2 - t0)
+
+
+def _pieces(
+    engine: Engine,
+    token: int | None,
+    sampler: Sampler,
+    text: TextStream,
+    max_tokens: int | None,
+    said: _Said,
+) -> Generator[str]:
+    """The answer that begins with `token`. Some pieces are empty."""
+    while token is not None and not engine.tokenizer.ends(token):
+        said.n_tokens += 1
+        yield text.push(engine.tokenizer.piece(token))
+        if text.stopped:
+            break
+        if said.n_tokens == max_tokens or not engine.room:
+            said.reason = "length"
+            yield text.flush()
+            return
+        t0 = time.perf_counter()
+        engine.decode(token)
+        token = sampler.sample(engine.logits)
+        said.decode_s += time.perf_counter() - t0
+        said.n_decoded += 1
+    said.reason = "stop"
+    yield text.flush()
 
 
 def _pictures(prompt: Prompt) -> tuple[PictureTokens, ...]:
