@@ -1,0 +1,330 @@
+"""The command line: csp-edge chat, csp-edge demo, csp-edge inspect."""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from csp_edge.errors import CspEdgeError, PromptError, printable
+from csp_edge.policies import POLICIES, parse_budget, policy
+from csp_edge.terminal import Progress, answer, write
+
+# NumPy, Pillow and the libraries are imported where a command needs them: --help doesn't
+
+if TYPE_CHECKING:
+    from csp_edge.model_info import ModelInfo
+    from csp_edge.vlm import ChatResult
+
+_MAX_STDIN = 2**26  # bytes
+
+EXAMPLES = """\
+examples:
+  csp-edge demo
+  csp-edge chat -i photo.png "what is in image 1 ?"
+  csp-edge chat -i a.png -i b.png --budget 10% "what color is the star in image 2 ?"
+  csp-edge inspect model.gguf
+"""
+CHAT_EXAMPLES = """\
+examples:
+  csp-edge chat
+  csp-edge chat -i photo.png "what is in image 1 ?"
+  csp-edge chat -i photo.png < question.txt
+  csp-edge chat -m model.gguf --budget 512 --kv-type q8_0 -i a.png -i b.png "what is in image 2 ?"
+  csp-edge chat --policy full --temp 0.8 --seed 1 --json -i photo.png "what is in image 1 ?"
+"""
+DEMO_EXAMPLES = """\
+examples:
+  csp-edge demo
+  csp-edge demo --png kept.png
+"""
+INSPECT_EXAMPLES = """\
+examples:
+  csp-edge inspect model.gguf
+  csp-edge inspect .
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 1 after an error, 130 after Ctrl-C.
+
+    Args:
+        argv: its arguments. None: the process's.
+
+    Raises:
+        SystemExit: after --help and --version, and with status 2 where the arguments are wrong.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # an answer may hold characters that the terminal's encoding doesn't
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+        print(end="", flush=True)
+    except CspEdgeError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        # stdout is gone or full: what is still buffered must not fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        is_pipe = isinstance(error, BrokenPipeError)
+        return 141 if is_pipe else _fail(f"stdout: {error.strerror}")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"csp-edge: error: {message}", file=sys.stderr)
+    return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"csp-edge {version('csp-edge')}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="csp-edge",
+        description="Chat with pictures, over a KV cache pruned with Cross-Self Pruning (CSP).",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    chat = commands.add_parser(
+        "chat",
+        help="answer a question, or hold a conversation",
+        description="Answer a question about pictures. Without one, hold a conversation.",
+        epilog=CHAT_EXAMPLES,
+    )
+    chat.set_defaults(run=_chat, parser=chat)
+    chat.add_argument("prompt", metavar="PROMPT", nargs="?", help="the question; -: from stdin")
+    chat.add_argument(
+        "-m", "--model", metavar="PATH", help="a GGUF file or folder; default: the demo model"
+    )
+    chat.add_argument(
+        "--mmproj", metavar="PATH", help="the projector; default: the one beside the model"
+    )
+    chat.add_argument(
+        "-i",
+        "--image",
+        metavar="PICTURE",
+        action="append",
+        default=[],
+        help="a picture, before the question; may be repeated",
+    )
+    chat.add_argument(
+        "--allow-urls", action="store_true", help="fetch pictures given as http(s) URLs"
+    )
+    chat.add_argument(
+        "--policy",
+        metavar="|".join(POLICIES),
+        default="csp",
+        help="csp prunes the cache, full keeps every cell; default: csp",
+    )
+    chat.add_argument(
+        "--budget",
+        metavar="20%|512",
+        help="what csp keeps, a share of the prompt or cells; default: 20%%",
+    )
+    chat.add_argument(
+        "--kv-type",
+        metavar="TYPE",
+        default="f16",
+        help="of the cache: f32, f16, bf16, q8_0 or q4_0; default: f16",
+    )
+    chat.add_argument(
+        "--threads", metavar="N", type=int, help="CPU threads; default: one for each CPU"
+    )
+    chat.add_argument(
+        "--gpu-layers", metavar="N", type=int, default=0, help="-1: all layers; default: none"
+    )
+    chat.add_argument(
+        "--ctx", metavar="N", type=int, help="cells of the cache; default: as many as needed"
+    )
+    chat.add_argument(
+        "--max-tokens", metavar="N", type=int, default=512, help="of an answer; default: 512"
+    )
+    chat.add_argument(
+        "--temp",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="temperature; default: 0, always the likeliest token",
+    )
+    chat.add_argument("--seed", metavar="N", type=int, help="for the same draws again")
+    chat.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object with text, usage, timings and cache",
+    )
+
+    demo = commands.add_parser(
+        "demo",
+        help="the embedded model on the embedded pictures, full and pruned",
+        description="One conversation about six pictures, over the full cache and over 20 % of it.",
+        epilog=DEMO_EXAMPLES,
+    )
+    demo.set_defaults(run=_demo)
+    demo.add_argument(
+        "--png",
+        metavar="PATH",
+        type=Path,
+        default=Path("csp-edge-demo.png"),
+        help="where to show which patches were kept (csp-edge-demo.png)",
+    )
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="figures of a model and its projector",
+        description="Figures of a model and of the projector beside it, from their headers.",
+        epilog=INSPECT_EXAMPLES,
+    )
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("path", metavar="PATH", help="GGUF file or folder")
+    return parser
+
+
+def _chat(args: argparse.Namespace) -> None:
+    prompt = _prompt(args.prompt)
+    if prompt is None and args.json:
+        args.parser.error("--json needs a PROMPT")
+    budget = {} if args.budget is None else {"budget": parse_budget(args.budget)}
+    cache = policy(args.policy, **budget)
+
+    from csp_edge.conversation import converse
+    from csp_edge.images import load_image
+    from csp_edge.vlm import EdgeVLM
+
+    pictures = [load_image(path, allow_url=args.allow_urls) for path in args.image]
+    model = {
+        "mmproj": args.mmproj,
+        "n_ctx": args.ctx,
+        "n_threads": args.threads,
+        "n_gpu_layers": args.gpu_layers,
+        "kv_type": args.kv_type,
+        "cache": cache,
+    }
+    options = {"max_tokens": args.max_tokens, "temperature": args.temp, "seed": args.seed}
+    with Progress() as progress:
+        model["progress"] = progress
+        vlm = EdgeVLM.demo(**model) if args.model is None else EdgeVLM(args.model, **model)
+    with vlm:
+        if prompt is None:
+            converse(vlm, progress, pictures, allow_urls=args.allow_urls, **options)
+            return
+        show = (lambda piece: None) if args.json else write
+        result = answer(vlm, progress, show, prompt, pictures, **options)
+    if not args.json:
+        print()
+    if result.finish_reason == "cancelled":
+        raise KeyboardInterrupt
+    if args.json:
+        print(_json(result))
+
+
+def _prompt(argument: str | None) -> str | bytes | None:
+    """The argument, or what stdin holds. None: a conversation."""
+    if argument not in (None, "-"):
+        return argument
+    if sys.stdin is None:
+        raise PromptError("no PROMPT, and stdin is closed")
+    if argument is None and sys.stdin.isatty():
+        return None
+    data = sys.stdin.buffer.read(_MAX_STDIN + 1)
+    if len(data) > _MAX_STDIN:
+        raise PromptError(f"stdin: more than {_MAX_STDIN} bytes, shorten the prompt")
+    return data.rstrip(b"\r\n")
+
+
+def _json(result: "ChatResult") -> str:
+    import json
+    from dataclasses import asdict
+
+    cache = result.cache
+    return json.dumps(
+        {
+            "text": result.text,
+            "finish_reason": result.finish_reason,
+            "usage": asdict(result.usage),
+            "timings": asdict(result.timings),
+            "cache": {
+                "policy": type(cache.policy).__name__.lower(),
+                **asdict(cache.policy),
+                "cells_before": cache.cells_before,
+                "cells_after": cache.cells_after,
+                "bytes_before": cache.bytes_before,
+                "bytes_after": cache.bytes_after,
+                "pictures": [asdict(picture) for picture in cache.pictures],
+                "kept": [layer.tolist() for layer in cache.kept],
+            },
+        }
+    )
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from csp_edge.demo import demo
+
+    demo(args.png)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from csp_edge.model_files import find_model
+    from csp_edge.model_info import describe
+
+    info = describe(*find_model(args.path))
+    projector = info.projector
+    rows = {
+        "model": str(info.path),
+        "name": info.name,
+        "licence": info.license or "not given",
+        "architecture": info.architecture,
+        "parameters": f"{info.n_params:,}",
+        "layers": f"{info.n_layer}",
+        "heads": f"{info.n_head}, with {info.n_head_kv} KV heads",
+        "head size": f"{info.head_dim_k} (K), {info.head_dim_v} (V)",
+        "embedding": f"{info.n_embd}",
+        "context": f"{info.n_ctx:,} tokens",
+        "vocabulary": f"{info.n_vocab:,} tokens",
+        "quantization": _quantization(info),
+        "weights": _bytes(info.weight_bytes),
+        "projector": str(projector.path) if projector else "none beside the model",
+    }
+    if projector:
+        size = f"{projector.image_size} x {projector.image_size}" if projector.image_size else "any"
+        rows |= {
+            "  type": projector.type,
+            "  weights": _bytes(projector.weight_bytes),
+            "  picture": f"{size} pixels, patches of {projector.patch_size}",
+            "  tokens": f"{projector.tokens_per_picture or 'depends on the picture'}",
+        }
+    rows["KV per token"] = f"{_bytes(info.kv_bytes_per_token)}, {info.kv_type}"
+    if projector:
+        n_bytes = info.kv_bytes_per_picture
+        rows["KV per picture"] = _bytes(n_bytes) if n_bytes else "depends on the picture"
+    for name, value in rows.items():
+        print(f"{name:<14}  {printable(value)}")
+
+
+def _quantization(info: "ModelInfo") -> str:
+    shares = (f"{n / info.weight_bytes:.1%} {kind}" for kind, n in info.bytes_by_type.items())
+    return f"{info.quantization} ({', '.join(shares)})"
+
+
+def _bytes(n: float) -> str:
+    exact = f"{n:,.0f} bytes"
+    return f"{exact} ({n / 2**20:,.1f} MiB)" if n >= 2**20 else exact
