@@ -125,7 +125,7 @@ def gather(state: bytes, kept: list[np.ndarray], n_zero: int = 0) -> bytes:
     n_kept = kept[0].shape[1] + n_zero
     out = [struct.pack("<IiII", magic, seq_id, n_stream, n_kept)]
     for i in range(n_kept):
-        out.append(struct.pack("<iIi", last if i == n_kept - 1 else i, 1, 0))
+        out.append(struct.pack("<iIi", last if i == n_kept - 1 else 0, 1, 0))
     out.append(struct.pack("<II", v_trans, n_layer))
     for cells in kept * 2:  # all K, then all V
         kind, row = struct.unpack_from("<iQ", state, offset)

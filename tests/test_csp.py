@@ -278,20 +278,20 @@ def test_a_sink_of_n_is_n_cells_of_zeros(demo_paths, unpatched_lib, tmp_path):
     model.observe(16)
     text, images = question(4), pictures(4)
     logits = model.prefill(text, images)
-    layers = model.prune(40, 12, n_decode=9.0)
-    np.testing.assert_allclose(layers[0].sink, np.log(9), rtol=1e-6)
+    layers = model.prune(40, 12, n_decode=200.0)
+    np.testing.assert_allclose(layers[0].sink, np.log(200), rtol=1e-6)
     logits, tokens = model.greedy(logits, 6)
 
     prompt = (*map(str, demo_paths), text, images)
     kept = {f"kept_{i}": layer.kept for i, layer in enumerate(layers)}
     runs = [
         run_plain(unpatched_lib, tmp_path, **job_of(prompt, "f32"), **kept, n_decode=6, n_zero=n)
-        for n in (9, 0)
+        for n in (200, 0)
     ]
     assert tokens == runs[0]["tokens"].tolist()
     # values are summed up in f16, and here in another order
-    assert np.abs(logits - runs[0]["logits"]).max() < 0.03
-    assert np.abs(logits - runs[1]["logits"])[:2].max() > 0.1  # before tokens may part
+    assert np.abs(logits - runs[0]["logits"]).max() < 0.05
+    assert np.abs(logits - runs[1]["logits"])[:2].max() > 0.5  # before tokens may part
 
 
 def test_the_mass_of_the_evicted_cells(demo_paths):

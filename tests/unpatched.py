@@ -35,8 +35,9 @@ def build() -> Path:
     patched = ROOT / "build" / "patched" / "CMakeCache.txt"
     options = _OPTION.findall(patched.read_text()) if patched.exists() else []
     configure = ["cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", "-DCSP_EDGE_UNPATCHED=ON"]
+    configure += ["-Wno-author", "--log-level=ERROR"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}"] + [f"-D{option}" for option in options]
-    for command in (configure, ["cmake", "--build", directory]):
+    for command in (configure, ["cmake", "--build", directory, "--", "--quiet"]):
         subprocess.run(command, env=tools(), check=True)
     return directory / "bin"
 
