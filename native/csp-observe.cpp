@@ -25,6 +25,9 @@ public:
 void llama_csp::observe(uint32_t n_window_new) {
     update_index();
 
+    n_observed = 0;
+    i_row      = 0;
+
     if (n_window_new != n_window) {
         // graphs and copies in flight may still use the old ring
         ctx.synchronize();
@@ -40,9 +43,6 @@ void llama_csp::observe(uint32_t n_window_new) {
         n_window = n_window_new;
         window.resize(n_window);
     }
-
-    n_observed = 0;
-    i_row      = 0;
 }
 
 void llama_csp::build_observe(const llm_graph_context & graph, layer & l, ggml_tensor * q) {

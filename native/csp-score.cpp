@@ -7,7 +7,11 @@
 #include <cmath>
 
 // queries per graph: bounds the memory of the attention matrix
-static constexpr uint32_t N_BLOCK = 64;
+static uint32_t csp_n_block(const llama_csp::layer & l, uint32_t n_cells) {
+    constexpr size_t n_max = 1 << 24; // elements
+
+    return std::clamp<size_t>(n_max/(size_t(n_cells)*l.n_head), 1, 64);
+}
 
 static constexpr uint32_t N_MODALITY = 2;
 
@@ -112,17 +116,18 @@ static std::vector<float> csp_get(const ggml_tensor * t) {
 std::vector<llama_csp::head_scores> llama_csp::score(layer & l, const cell_list & cells, const llama_csp_params & params) {
     const uint32_t n_cells = cells.size();
     const uint32_t n_group = l.n_head/l.n_head_kv;
+    const uint32_t n_block = csp_n_block(l, n_cells);
 
     const auto rows = window_rows();
 
     // attention from queries of modality m: [n_head_kv][n_cells][m]
-    std::vector<float> sums(N_MODALITY*n_cells*l.n_head_kv, 0.0f);
+    std::vector<float> sums(size_t(N_MODALITY)*n_cells*l.n_head_kv, 0.0f);
 
     l.q_data.clear();
     l.k_data.clear();
 
-    for (uint32_t q0 = 0; q0 < n_observed; q0 += N_BLOCK) {
-        csp_attn_graph graph(*this, l, cells, q0, std::min(q0 + N_BLOCK, n_observed), params.n_score);
+    for (uint32_t q0 = 0; q0 < n_observed; q0 += n_block) {
+        csp_attn_graph graph(*this, l, cells, q0, std::min(q0 + n_block, n_observed), params.n_score);
 
         ggml_tensor * from = graph.new_input(GGML_TYPE_F32, graph.n_q, N_MODALITY);
 
@@ -192,6 +197,7 @@ std::vector<llama_csp::head_scores> llama_csp::score(layer & l, const cell_list 
 std::vector<float> llama_csp::measure(const layer & l, const cell_list & cells, float n_score, const std::vector<uint32_t> & kept) {
     const uint32_t n_cells = cells.size();
     const uint32_t n_group = l.n_head/l.n_head_kv;
+    const uint32_t n_block = csp_n_block(l, n_cells);
     const uint32_t n_kept  = kept.size()/l.n_head_kv;
 
     // [n_head_kv][n_cells - n_kept]
@@ -212,8 +218,8 @@ std::vector<float> llama_csp::measure(const layer & l, const cell_list & cells, 
     std::vector<double>   sum(l.n_head, 0.0);
     std::vector<uint32_t> n_seen(l.n_head, 0); // queries that see a cell that is evicted
 
-    for (uint32_t q0 = 0; q0 < n_observed; q0 += N_BLOCK) {
-        csp_attn_graph graph(*this, l, cells, q0, std::min(q0 + N_BLOCK, n_observed), n_score);
+    for (uint32_t q0 = 0; q0 < n_observed; q0 += n_block) {
+        csp_attn_graph graph(*this, l, cells, q0, std::min(q0 + n_block, n_observed), n_score);
 
         ggml_set_output(graph.logits);
         ggml_set_output(graph.attn);

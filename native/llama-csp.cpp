@@ -75,9 +75,6 @@ llama_csp::bufs_t csp_alloc(
             throw std::runtime_error("no memory for the observed queries");
         }
 
-        // rows that are not written yet may be read by a warm-up
-        ggml_backend_buffer_clear(buf.get(), 0);
-
         res.emplace_back(std::move(ctx), std::move(buf));
     }
 

@@ -480,6 +480,8 @@ def test_nothing_observed_is_said(demo_paths):
     assert b"no query was observed" in native.csp_last_error()
     assert not native.csp_observe(model.csp, 2**31)
     assert b"memory" in native.csp_last_error()
+    assert not native.csp_prune(model.csp, params)
+    assert b"no query was observed" in native.csp_last_error()
     model.observe(8)
     model.greedy(append(model, " USER :"), 2)
     model.prune(10, 5)
