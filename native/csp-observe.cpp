@@ -25,6 +25,9 @@ public:
 void llama_csp::observe(uint32_t n_window_new) {
     update_index();
 
+    // more tokens than cells are never seen
+    n_window_new = std::min(n_window_new, kv.get_size());
+
     n_observed = 0;
     i_row      = 0;
 
@@ -40,22 +43,15 @@ void llama_csp::observe(uint32_t n_window_new) {
             bufs_q = csp_alloc(layers, &layer::q, [](const layer & l) -> int64_t { return l.n_embd_head_k*l.n_head; }, n_window_new);
         }
 
+        window.resize(n_window_new);
         n_window = n_window_new;
-        window.resize(n_window);
     }
 }
 
 void llama_csp::build_observe(const llm_graph_context & graph, layer & l, ggml_tensor * q) {
     auto * ctx0 = graph.ctx0;
 
-    llm_graph_input_csp * inp = nullptr;
-
-    // one input serves all layers
-    for (auto & cur : graph.res->inputs) {
-        if ((inp = dynamic_cast<llm_graph_input_csp *>(cur.get()))) {
-            break;
-        }
-    }
+    auto * inp = csp_find_input<llm_graph_input_csp>(graph);
 
     const int64_t n_tokens = q->ne[2];
 
@@ -85,13 +81,24 @@ void llama_csp::set_input_rows(ggml_tensor * dst, const llama_ubatch & ubatch) {
     const uint32_t n_tokens = ubatch.n_tokens;
     const uint32_t n        = dst->ne[0];
 
-    const bool is_2d  = ubatch.is_pos_2d();
-    const bool causal = ctx.get_cparams().causal_attn;
+    const bool is_2d = ubatch.is_pos_2d();
+
+    // see llama_kv_cache::set_input_kq_mask()
+    const bool causal = ctx.get_cparams().causal_attn ||
+        (kv.hparams.non_causal_type == LLAMA_NON_CAUSAL_TYPE_SWA_ONLY && kv.swa_type == LLAMA_SWA_TYPE_NONE);
 
     const llama_pos pos_max = *std::max_element(ubatch.pos, ubatch.pos + n_tokens);
 
-    // the parts of one picture can share a position
-    take_back(ubatch.pos[0] + is_2d);
+    const auto get_ext = [&](uint32_t i) {
+        llama_kv_cell_ext ext;
+        if (is_2d) {
+            ext.x = ubatch.pos[i + n_tokens*2];
+            ext.y = ubatch.pos[i + n_tokens];
+        }
+        return ext;
+    };
+
+    take_back(ubatch.pos[0], get_ext(0));
 
     for (uint32_t i = n_tokens - n; i < n_tokens; ++i) {
         query & cur = window[i_row];
@@ -100,11 +107,7 @@ void llama_csp::set_input_rows(ggml_tensor * dst, const llama_ubatch & ubatch) {
         cur.pos_max = causal ? ubatch.pos[i] : pos_max;
         cur.is_2d   = causal && is_2d;
 
-        cur.ext.reset();
-        if (is_2d) {
-            cur.ext.x = ubatch.pos[i + n_tokens*2];
-            cur.ext.y = ubatch.pos[i + n_tokens];
-        }
+        cur.ext     = get_ext(i);
 
         cur.modality = ubatch.token ? LLAMA_CSP_MODALITY_TEXT : LLAMA_CSP_MODALITY_MEDIA;
 
@@ -116,17 +119,28 @@ void llama_csp::set_input_rows(ggml_tensor * dst, const llama_ubatch & ubatch) {
     n_observed = std::min(n_observed + n, n_window);
 }
 
-void llama_csp::take_back(llama_pos p) {
+void llama_csp::take_back(llama_pos p, const llama_kv_cell_ext & ext) {
     while (n_observed > 0) {
         const uint32_t i_last = (i_row + n_window - 1)%n_window;
 
-        if (window[i_last].pos < p) {
+        const query & last = window[i_last];
+
+        // the parts of one picture can share a position
+        if (last.pos < p || (last.pos == p && ext.is_2d_gt(last.ext.x, last.ext.y))) {
             break;
         }
 
         i_row = i_last;
         n_observed--;
     }
+}
+
+void llama_csp::drop_before(llama_pos p) {
+    const auto is_before = [&](int32_t row) { return window[row].pos < p; };
+
+    const auto rows = window_rows();
+
+    n_observed -= std::find_if_not(rows.begin(), rows.end(), is_before) - rows.begin();
 }
 
 std::vector<int32_t> llama_csp::window_rows() const {

@@ -32,7 +32,7 @@ struct csp_attn_graph : csp_graph {
     ggml_tensor * idxs; // I32 [n_cells]
     ggml_tensor * rows; // I32 [n_q]
     ggml_tensor * mask; // F32 [n_cells, n_q]
-    ggml_tensor * sink; // F32 [n_head] or NULL
+    ggml_tensor * sink; // F32 [n_head] ln(n)
 
     ggml_tensor * q;      // F32 [n_embd_head_k*n_head, n_q]
     ggml_tensor * k;      // F32 [n_embd_k_gqa, n_cells]
@@ -49,7 +49,7 @@ csp_attn_graph::csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l
     idxs = new_input(GGML_TYPE_I32, n_cells, 1);
     rows = new_input(GGML_TYPE_I32, n_q,     1);
     mask = new_input(GGML_TYPE_F32, n_cells, n_q);
-    sink = n_score > 0.0f ? new_input(GGML_TYPE_F32, l.n_head, 1) : nullptr;
+    sink = new_input(GGML_TYPE_F32, l.n_head, 1);
 
     // also dequantizes
     q = ggml_get_rows(ctx0, l.q, rows);
@@ -98,11 +98,9 @@ void csp_attn_graph::set_inputs() {
 
     ggml_backend_tensor_set(mask, data.data(), 0, ggml_nbytes(mask));
 
-    if (sink) {
-        const std::vector<float> ln_n(l.n_head, logf(n_score));
+    const std::vector<float> ln_n(l.n_head, n_score > 0.0f ? logf(n_score) : CSP_SINK_EMPTY);
 
-        ggml_backend_tensor_set(sink, ln_n.data(), 0, ggml_nbytes(sink));
-    }
+    ggml_backend_tensor_set(sink, ln_n.data(), 0, ggml_nbytes(sink));
 }
 
 static std::vector<float> csp_get(const ggml_tensor * t) {
@@ -122,9 +120,6 @@ std::vector<llama_csp::head_scores> llama_csp::score(layer & l, const cell_list 
 
     // attention from queries of modality m: [n_head_kv][n_cells][m]
     std::vector<float> sums(size_t(N_MODALITY)*n_cells*l.n_head_kv, 0.0f);
-
-    l.q_data.clear();
-    l.k_data.clear();
 
     for (uint32_t q0 = 0; q0 < n_observed; q0 += n_block) {
         csp_attn_graph graph(*this, l, cells, q0, std::min(q0 + n_block, n_observed), params.n_score);

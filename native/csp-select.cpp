@@ -1,4 +1,4 @@
-#include "csp-select.h"
+// selection: scores -> kept cells, on the host, without ggml
 
 #include "llama-csp.h"
 
@@ -26,7 +26,8 @@ static void csp_draw(std::vector<uint32_t> & cand, uint32_t n, const float * sco
     }
 }
 
-double csp_cross_ratio(const float * self, const float * cross, uint32_t n, uint32_t recent) {
+// the automatic r of one head: the cross share of the scores of the cells to choose from
+static double csp_cross_ratio(const float * self, const float * cross, uint32_t n, uint32_t recent) {
     double sum_self  = 0.0;
     double sum_cross = 0.0;
 
@@ -37,7 +38,7 @@ double csp_cross_ratio(const float * self, const float * cross, uint32_t n, uint
 
     const double sum = sum_self + sum_cross;
 
-    return sum > 0.0 ? std::clamp(sum_cross/sum, 0.0, 1.0) : 0.0;
+    return std::isfinite(sum) && sum > 0.0 ? std::clamp(sum_cross/sum, 0.0, 1.0) : 0.0;
 }
 
 uint32_t llama_csp_select(

@@ -33,10 +33,11 @@ struct llama_csp {
         ggml_tensor * q    = nullptr; // F32 [n_embd_head_k*n_head, n_window] ring of the newest queries
         ggml_tensor * sink = nullptr; // F32 [n_head]
 
-        float kq_scale = 0.0f; // 0: no query seen yet
+        float kq_scale = 0.0f; // 0: its attention did not pass build_attn()
 
         std::vector<uint32_t> kept;      // [n_head_kv][n_kept] tokens
-        std::vector<float>    sink_data; // [n_head]
+        std::vector<float>    sink_data; // [n_head] in use
+        std::vector<float>    mass_data; // [n_head] measured so far
 
         // of the last prune, if it was to be inspected
         std::vector<uint32_t> token_data; // [n_head_kv][n_cells]
@@ -95,8 +96,9 @@ struct llama_csp {
     // remember whose queries they are, dst: the rows of the ring they go to, I64 [n]
     void set_input_rows(ggml_tensor * dst, const llama_ubatch & ubatch);
 
-    // drop the queries at p and after it
-    void take_back(llama_pos p);
+    // drop the queries from a position on, and those before one
+    void take_back  (llama_pos p, const llama_kv_cell_ext & ext);
+    void drop_before(llama_pos p);
 
     // the rows of the ring from the oldest query to the newest
     std::vector<int32_t> window_rows() const;
@@ -157,10 +159,19 @@ struct llama_csp {
                           float   kq_scale,
                             int   il);
 
+    // throws if there is nothing to prune by, or the params are off
+    void check(const llama_csp_params & params);
+
     void prune(const llama_csp_params & params);
 
-    // forget the pruned part if its cells are gone from the cache
+    // the cells of the pruned part are no longer in the cache: forget it
+    bool is_index_gone() const;
     void update_index();
+
+    // the first position that a token of a true cell can have
+    llama_pos pos_true() const;
+
+    void clear_inspection();
 
     // the token in cell i
     uint32_t get_token(const layer & l, const cell_list & cells, uint32_t h, uint32_t i) const;
@@ -204,6 +215,17 @@ struct csp_graph {
     ggml_context * ctx0;
     ggml_cgraph  * gf;
 };
+
+template<typename T>
+T * csp_find_input(const llm_graph_context & graph) {
+    for (auto & inp : graph.res->inputs) {
+        if (auto * res = dynamic_cast<T *>(inp.get())) {
+            return res;
+        }
+    }
+
+    return nullptr;
+}
 
 // F32 [ne0(layer), ne1] for every layer, on its device. throws if there is no memory for them
 llama_csp::bufs_t csp_alloc(

@@ -1,7 +1,5 @@
 #include "csp.h"
 
-#include "csp-select.h"
-
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
@@ -72,7 +70,7 @@ llama_csp::bufs_t csp_alloc(
     for (auto & [buft, ctx] : ctxs) {
         ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
         if (!buf) {
-            throw std::runtime_error("no memory for the observed queries");
+            throw std::runtime_error("no memory for the queries and sinks of a window");
         }
 
         res.emplace_back(std::move(ctx), std::move(buf));
@@ -115,19 +113,24 @@ static llama_kv_cache & csp_get_kv_cache(llama_context & ctx) {
     if (ctx.get_model().arch == LLM_ARCH_GROK) {
         throw std::runtime_error(arch + " transforms its attention logits in a way that scoring does not know");
     }
+    if (hparams.router_layer >= 0) {
+        throw std::runtime_error(arch + " routes by a layer of its cache, which pruning would change");
+    }
+    if (ctx.get_model().split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        throw std::runtime_error("a cache that is split by tensor parallelism can't be pruned");
+    }
     if (cparams.n_seq_max != 1) {
         throw std::runtime_error("n_seq_max = " + std::to_string(cparams.n_seq_max) + ": only a context of one sequence can be pruned");
     }
-    if (!cparams.flash_attn) {
-        throw std::runtime_error("flash attention is off, which transposes V: only a cache with V in rows can be pruned");
-    }
-
     return *kv;
 }
 
 llama_csp::llama_csp(llama_context & ctx) : ctx(ctx), kv(csp_get_kv_cache(ctx)) {
     if (ctx.cparams.csp) {
         throw std::runtime_error("the context has a llama_csp already");
+    }
+    if (kv.v_trans) {
+        throw std::runtime_error("flash attention is off, which transposes V: only a cache with V in rows can be pruned");
     }
     if (kv.other) {
         throw std::runtime_error("the cache shares its cells with that of another context");
@@ -151,7 +154,7 @@ llama_csp::llama_csp(llama_context & ctx) : ctx(ctx), kv(csp_get_kv_cache(ctx)) 
 
         // a row of the cache is cut into heads
         if (l.n_embd_head_k%ggml_blck_size(l.k->type) != 0 || l.n_embd_head_v%ggml_blck_size(l.v->type) != 0) {
-            throw std::runtime_error("the head size of layer " + std::to_string(l.il) + " is not a multiple of the block size of " + ggml_type_name(l.k->type));
+            throw std::runtime_error("the head size of layer " + std::to_string(l.il) + " is not a multiple of the block size of the cache's type");
         }
 
         layers.push_back(std::move(l));
@@ -214,28 +217,34 @@ ggml_tensor * llama_csp::build_attn(
         build_observe(graph, *it, q);
     }
 
-    return build_sinks(graph, *it, sinks);
+    update_index();
+
+    return use_sinks && q->ne[1] == it->n_head ? build_sinks(graph, *it, sinks) : sinks;
 }
 
 uint32_t llama_csp::get_token(const layer & l, const cell_list & cells, uint32_t h, uint32_t i) const {
     return i < cells.n_chosen ? l.kept[h*stats.n_kept + i] : n_base + i - cells.n_chosen;
 }
 
-void llama_csp::update_index() {
+bool llama_csp::is_index_gone() const {
     const auto & cells = kv.v_cells[0];
 
-    bool gone = n_base == 0;
-
-    for (uint32_t i = 0; i < n_chosen; ++i) {
-        gone = gone || cells.is_empty(i) || cells.pos_get(i) != pos_chosen;
+    if (n_base == 0 || cells.get_used() == 0) {
+        return true;
     }
 
-    // without chosen cells the sequence begins after the evicted ones. the parts of one picture can share a position
-    const bool shared = kv.hparams.n_pos_per_embd() > 1;
+    for (uint32_t i = 0; i < n_chosen; ++i) {
+        if (cells.is_empty(i) || cells.pos_get(i) != pos_chosen) {
+            return true;
+        }
+    }
 
-    gone = gone || cells.get_used() == 0 || (n_chosen == 0 && cells.seq_pos_min(0) < pos_chosen + !shared);
+    // without chosen cells the sequence begins after the evicted ones
+    return n_chosen == 0 && cells.seq_pos_min(0) < pos_true();
+}
 
-    if (!gone) {
+void llama_csp::update_index() {
+    if (!is_index_gone()) {
         return;
     }
 
@@ -243,18 +252,29 @@ void llama_csp::update_index() {
     n_base     =  0;
     pos_chosen = -1;
 
-    if (use_sinks) {
-        use_sinks = false;
-
-        reset_graphs();
-    }
+    use_sinks = false;
 
     for (auto & l : layers) {
-        l.sink_data.clear();
+        l.mass_data.clear();
     }
 }
 
-void llama_csp::prune(const llama_csp_params & params) {
+llama_pos llama_csp::pos_true() const {
+    // the parts of one picture can share a position
+    return kv.hparams.n_pos_per_embd() > 1 ? pos_chosen : pos_chosen + 1;
+}
+
+void llama_csp::clear_inspection() {
+    for (auto & l : layers) {
+        l.token_data.clear();
+        l.q_data    .clear();
+        l.k_data    .clear();
+        l.self_data .clear();
+        l.cross_data.clear();
+    }
+}
+
+void llama_csp::check(const llama_csp_params & params) {
     if (params.budget == 0) {
         throw std::invalid_argument("budget = 0: at least one cell has to stay");
     }
@@ -274,12 +294,24 @@ void llama_csp::prune(const llama_csp_params & params) {
         throw std::invalid_argument(format("n_decode = %g is not a finite number above 0", params.n_decode));
     }
 
+    if (kv.get_has_shift()) {
+        throw std::invalid_argument("positions were shifted since the last llama_decode()");
+    }
+
     const llama_pos pos_max = kv.seq_pos_max(0);
     if (pos_max < 0) {
         throw std::invalid_argument("the cache is empty");
     }
 
-    take_back(pos_max + 1);
+    update_index();
+
+    // queries of tokens that were taken back, and of those that were there when the cache was last pruned: in every
+    // head another part of what they saw is gone
+    take_back(pos_max + 1, {});
+
+    if (n_base > 0) {
+        drop_before(pos_true());
+    }
 
     if (n_observed == 0) {
         throw std::invalid_argument("no query was observed: call llama_csp_observe() before decoding the prompt");
@@ -289,33 +321,18 @@ void llama_csp::prune(const llama_csp_params & params) {
             throw std::invalid_argument(format("the attention of layer %d was not seen", l.il));
         }
     }
+}
 
-    update_index();
-
+void llama_csp::prune(const llama_csp_params & params) {
     ctx.synchronize();
+    reset_graphs();
+    clear_inspection();
 
     const auto cells = get_cells();
 
     const uint32_t n_cells = cells.size();
     const uint32_t n_kept  = std::min(n_cells, params.budget);
     const uint32_t n_true  = std::min(params.recent, n_cells - n_chosen);
-
-    // tokens from n_base on are known by their cells
-    pos     .resize(n_base);
-    modality.resize(n_base);
-
-    for (uint32_t i = n_chosen; i < n_cells; ++i) {
-        pos     .push_back(cells.pos[i]);
-        modality.push_back(csp_modality(cells.ext[i]));
-    }
-
-    window_pos     .clear();
-    window_modality.clear();
-
-    for (const auto i : window_rows()) {
-        window_pos     .push_back(window[i].pos);
-        window_modality.push_back(window[i].modality);
-    }
 
     int64_t t_score_us   = 0;
     int64_t t_select_us  = 0;
@@ -326,16 +343,20 @@ void llama_csp::prune(const llama_csp_params & params) {
     for (size_t il = 0; il < layers.size(); ++il) {
         auto & l = layers[il];
 
+        kept[il].resize(size_t(l.n_head_kv)*n_kept);
+
+        if (n_kept == n_cells && !params.inspect) {
+            for (size_t i = 0; i < kept[il].size(); ++i) {
+                kept[il][i] = i%n_cells;
+            }
+            continue;
+        }
+
         const int64_t t_start_us = ggml_time_us();
 
         const auto scores = score(l, cells, params);
 
         const int64_t t_scored_us = ggml_time_us();
-
-        l.self_data .clear();
-        l.cross_data.clear();
-
-        kept[il].resize(size_t(l.n_head_kv)*n_kept);
 
         for (uint32_t h = 0; h < l.n_head_kv; ++h) {
             const auto & cur = scores[h];
@@ -379,8 +400,6 @@ void llama_csp::prune(const llama_csp_params & params) {
         // to tokens
         auto tokens = std::move(kept[il]);
 
-        l.token_data.clear();
-
         for (uint32_t h = 0; h < l.n_head_kv; ++h) {
             for (uint32_t i = 0; i < n_kept; ++i) {
                 auto & cur = tokens[size_t(h)*n_kept + i];
@@ -394,6 +413,23 @@ void llama_csp::prune(const llama_csp_params & params) {
         }
 
         l.kept = std::move(tokens);
+    }
+
+    // tokens from n_base on are known by their cells
+    pos     .resize(n_base);
+    modality.resize(n_base);
+
+    for (uint32_t i = n_chosen; i < n_cells; ++i) {
+        pos     .push_back(cells.pos[i]);
+        modality.push_back(csp_modality(cells.ext[i]));
+    }
+
+    window_pos     .clear();
+    window_modality.clear();
+
+    for (const auto i : window_rows()) {
+        window_pos     .push_back(window[i].pos);
+        window_modality.push_back(window[i].modality);
     }
 
     stats.n_kept = n_kept;
@@ -483,12 +519,24 @@ bool llama_csp_observe(llama_csp * csp, uint32_t n_window) {
 }
 
 bool llama_csp_prune(llama_csp * csp, llama_csp_params params) {
+    if (!csp_try([&] { csp->check(params); })) {
+        return false;
+    }
+
     const bool res = csp_try([&] { csp->prune(params); });
 
-    // as after a memory update: the graphs of the context have to be planned again
-    const bool reserved = csp_try([&] { csp->reserve(); });
+    if (!res) {
+        csp->clear_inspection();
+    }
 
-    return res && reserved;
+    // if this fails, the next llama_decode() plans its graph by itself
+    const std::string error = csp_last_error;
+
+    csp_try([&] { csp->reserve(); });
+
+    csp_last_error = error;
+
+    return res;
 }
 
 llama_csp_stats llama_csp_get_stats(const llama_csp * csp) {

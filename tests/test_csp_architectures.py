@@ -115,8 +115,14 @@ def test_positions_that_repeat(tiny):
     self, cross = csp_statement.scores(x, seen, modality, model.modality[layer.token], 1.0)
     np.testing.assert_allclose(layer.self, self, rtol=2e-3, atol=1e-5)
     np.testing.assert_allclose(layer.cross, cross, rtol=2e-3, atol=1e-5)
-    model.observe(0)
-    model.decode([9], 3 + 8 + 5)
+
+    # the last token decoded again is one query, not two
+    model.observe(40)
+    model.decode([9, 10], 3 + 8 + 5)
+    assert llama.llama_memory_seq_rm(llama.llama_get_memory(model.ctx), 0, 3 + 8 + 6, -1)
+    model.decode([10], 3 + 8 + 6)
+    model.prune(20, 2)
+    assert view(model.stats.window_pos, model.stats.n_window).tolist() == [16, 17]
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ NEEDED = {
     "cont_2d": ("CONT", [r"type=f32"]),
     "scale": ("SCALE", [r"type=f32,.*bias=0\.0"]),
     "tanh": ("TANH", [r"type=f32,.*v=0"]),
-    "exp": ("EXP", [r"type=f32,.*v=0"]),
-    "log": ("LOG", [r"type=f32"]),
+    "softplus": ("SOFTPLUS", [r"type=f32,.*v=0"]),
+    "sub": ("SUB", [r"type=f32,.*nr=\[1,1,1,1\]"]),
     "add": ("ADD", [r"type=f32,.*nr=\[1,1,1,1\]"]),
 }
 VIEWS = {"view_2d", "view_3d", "reshape_3d", "permute", "new_tensor_1d", "new_tensor_2d"}

@@ -81,3 +81,8 @@ def test_nan_scores_are_worst():
     nan = np.full(50, np.nan)
     nan[40] = 1
     assert select(nan, nan, budget=3, recent=1, ratio=0.0) == [0, 40, 49]
+
+
+def test_infinite_scores_are_scores():
+    inf = np.full(20, np.inf)
+    assert select(inf, inf, budget=4, recent=1, ratio=None) == [0, 1, 2, 19]

@@ -21,7 +21,8 @@
 // Cells: after pruning, cell i of a layer holds another token in every KV head. All chosen cells carry the position of
 // the newest token that could have been evicted, the recent ones and so the last one their own. So a pruned part of a
 // sequence can be kept, or dropped as a whole, but not cut: llama_memory_seq_rm() up to the recent cells is fine, and
-// from further below drops every chosen cell. A token decoded there starts a new index.
+// from further below drops every chosen cell. A token decoded there starts a new index. Shifting the positions of a
+// pruned sequence is not supported.
 
 #ifdef __cplusplus
 extern "C" {
@@ -84,7 +85,8 @@ extern "C" {
         const uint32_t * kept; // [n_head_kv][n_kept] the token in each cell, ascending
         const float    * sink; // [n_head] logits, NULL: none
 
-        // NULL unless llama_csp_params.inspect
+        // NULL unless llama_csp_params.inspect. q and k as attention sees them: after RoPE, and of a quantized cache
+        // after the rotation that spreads outliers
         const uint32_t * token; // [n_head_kv][n_cells] the token in each cell, before
         const float    * q;     // [n_window][n_head][n_embd_head_k]
         const float    * k;     // [n_cells][n_head_kv][n_embd_head_k]
@@ -108,9 +110,9 @@ extern "C" {
     // returns false if there is no memory for them
     LLAMA_API bool llama_csp_observe(struct llama_csp * csp, uint32_t n_window);
 
-    // score the cells by the observed queries, select, compact. with B >= N nothing is evicted
-    // returns false and changes nothing if params are off or nothing was observed,
-    // returns false and clears the sequence if the device failed halfway
+    // score the cells by the observed queries, select, compact. with B >= N nothing changes
+    // returns false and changes nothing if params are off, nothing was observed or scoring failed,
+    // returns false and clears the sequence if compaction failed halfway
     LLAMA_API bool llama_csp_prune(struct llama_csp * csp, struct llama_csp_params params);
 
     LLAMA_API struct llama_csp_stats llama_csp_get_stats(const struct llama_csp * csp);
