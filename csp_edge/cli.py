@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--budget",
         metavar="20%|512",
-        help="what csp keeps, a share of the prompt or cells; default: 20%%",
+        help="what csp keeps, a share of the prompt or cells; default: 20%%, at least 128",
     )
     chat.add_argument(
         "--kv-type",

@@ -28,7 +28,9 @@ class CSP:
     An int counts cells, a float in (0, 1] is a share of the prompt's tokens.
 
     Args:
-        budget: cells that every KV head keeps, the recent ones included.
+        budget: cells that every KV head keeps, the recent ones included. None: a fifth of the
+            prompt, but at least 128 cells: of a shorter prompt there is nothing to gain, and an
+            answer to lose.
         window: the prompt's last tokens, whose queries score the cells (section 3.2).
             None: 16, or the whole prompt where it is shorter.
         recent: the prompt's last cells, always kept. None: 16, but at most half of the budget.
@@ -42,7 +44,7 @@ class CSP:
         PolicyError: a setting is of the wrong type or out of range.
     """
 
-    budget: int | float = 0.2
+    budget: int | float | None = None
     _: KW_ONLY
     window: int | float | None = None
     recent: int | float | None = None
@@ -51,7 +53,8 @@ class CSP:
     sink: float | Literal["mass"] | None = None
 
     def __post_init__(self) -> None:
-        _check_amount("budget", self.budget, least=1)
+        if self.budget is not None:
+            _check_amount("budget", self.budget, least=1)
         if self.window is not None:
             _check_amount("window", self.window, least=1)
         if self.recent is not None:
@@ -76,7 +79,10 @@ class CSP:
             PolicyError: the window, given in cells, is larger than the prompt, or there are more
                 recent cells than the budget holds.
         """
-        budget = max(1, _cells(self.budget, n_tokens))
+        if self.budget is None:
+            budget = max(128, _cells(0.2, n_tokens))
+        else:
+            budget = max(1, _cells(self.budget, n_tokens))
 
         window = min(16, n_tokens)
         if self.window is not None:

@@ -11,9 +11,11 @@ from csp_edge.policies import CSP, POLICIES, Full, Resolved, parse_budget, polic
     ("csp", "n_tokens", "expected"),
     [
         (CSP(), 1000, (200, 16, 16)),
-        (CSP(), 100, (20, 16, 10)),
-        (CSP(), 10, (2, 10, 1)),
-        (CSP(), 1, (1, 1, 0)),
+        (CSP(), 100, (128, 16, 16)),
+        (CSP(0.2), 1000, (200, 16, 16)),
+        (CSP(0.2), 100, (20, 16, 10)),
+        (CSP(0.2), 10, (2, 10, 1)),
+        (CSP(0.2), 1, (1, 1, 0)),
         (CSP(512), 100, (512, 16, 16)),
         (CSP(1), 100, (1, 16, 0)),
         (CSP(1.0), 100, (100, 16, 16)),
@@ -38,7 +40,7 @@ def test_resolve_refuses_what_the_prompt_is_too_short_for() -> None:
         CSP(0.2, recent=8).resolve(10)
 
 
-@pytest.mark.parametrize("budget", [0, -1, 0.0, -0.1, 1.1, math.nan, math.inf, True, "20%", None])
+@pytest.mark.parametrize("budget", [0, -1, 0.0, -0.1, 1.1, math.nan, math.inf, True, "20%"])
 def test_budget_out_of_range(budget: object) -> None:
     with pytest.raises(PolicyError, match="^budget="):
         CSP(budget)  # type: ignore[arg-type]
@@ -86,7 +88,7 @@ def test_settings_in_range() -> None:
 
 
 def test_policies_are_values() -> None:
-    assert CSP(0.2) == CSP() != CSP(0.3)
+    assert CSP(0.2) == CSP(budget=0.2) != CSP(0.3)
     assert len({CSP(), CSP(), Full(), Full()}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         CSP().budget = 3  # type: ignore[misc]
