@@ -325,7 +325,13 @@ def test_sinks_go_with_the_sequence_they_stand_for(demo_paths):
     model.prune(30, 10, n_decode=100.0)
     model.observe(0)
     model.greedy(logits, 2)
-    llama.llama_memory_clear(llama.llama_get_memory(model.ctx), False)
+    memory = llama.llama_get_memory(model.ctx)
+    llama.llama_memory_clear(memory, False)
+    # of the same shape as the last ubatch: its graph, with the sinks in it, could be used again
+    token = [int(logits.argmax())]
+    alone = Pruned(*map(str, demo_paths), "f16").decode(token, 0)
+    np.testing.assert_array_equal(model.decode(token, 0), alone)
+    llama.llama_memory_clear(memory, False)
     np.testing.assert_array_equal(model.prefill(question(3), pictures(3)), logits)
 
 
