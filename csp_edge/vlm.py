@@ -155,6 +155,7 @@ class ChatStream(Iterator[str]):
         # it knows nothing of the stream, which so ends as soon as nobody holds it
         self._pieces = _pieces(vlm.engine, start.token, sampler, text, max_tokens, self._said)
         self._lock = threading.RLock()
+        self._is_closing = False
         self._taken_over = False
         self.result: ChatResult | None = None
 
@@ -162,6 +163,8 @@ class ChatStream(Iterator[str]):
         with self._lock:
             if self._taken_over:
                 raise CspEdgeError("this stream was closed by a later chat on the same thread")
+            if self._is_closing:
+                self.close()
             try:
                 piece = next(filter(None, self._pieces))
             except BaseException:
@@ -172,6 +175,8 @@ class ChatStream(Iterator[str]):
 
     def close(self) -> None:
         """End the answer here."""
+        # a thread that reads piece after piece hardly ever leaves the lock to this one
+        self._is_closing = True
         with self._lock:
             if self.result is not None:
                 return
