@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="the embedded model on the embedded pictures, full and pruned",
-        description="One conversation about six pictures, over the full cache and over 20 % of it.",
+        description="Conversations about six pictures, over the full cache and over 20 % of it.",
         epilog=DEMO_EXAMPLES,
     )
     demo.set_defaults(run=_demo)

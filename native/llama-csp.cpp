@@ -122,6 +122,7 @@ static llama_kv_cache & csp_get_kv_cache(llama_context & ctx) {
     if (cparams.n_seq_max != 1) {
         throw std::runtime_error("n_seq_max = " + std::to_string(cparams.n_seq_max) + ": only a context of one sequence can be pruned");
     }
+
     return *kv;
 }
 
