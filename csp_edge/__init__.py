@@ -20,7 +20,7 @@ from csp_edge.errors import (
     PromptError,
     TemplateError,
 )
-from csp_edge.policies import CSP, Full
+from csp_edge.policies import CSP, Full, Policy
 
 if TYPE_CHECKING:
     from csp_edge.vlm import CacheFigures, ChatResult, ChatStream, EdgeVLM, Timings, Usage
@@ -38,6 +38,7 @@ __all__ = [
     "MemoryLimitError",
     "ModelError",
     "OptionError",
+    "Policy",
     "PolicyError",
     "ProjectorError",
     "PromptError",

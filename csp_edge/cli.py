@@ -134,12 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         "--policy",
         metavar="|".join(POLICIES),
         default="csp",
-        help="csp prunes the cache, full keeps every cell; default: csp",
+        help="what prunes the cache, full keeps every cell; default: csp",
     )
     chat.add_argument(
         "--budget",
         metavar="20%|512",
-        help="what csp keeps, a share of the prompt or cells; default: 20%%, at least 128",
+        help="what is kept, a share of the prompt or cells; default: 20%%, at least 128",
     )
     chat.add_argument(
         "--kv-type",
@@ -270,7 +270,7 @@ def _json(result: "ChatResult") -> str:
                 "bytes_before": cache.bytes_before,
                 "bytes_after": cache.bytes_after,
                 "pictures": [asdict(picture) for picture in cache.pictures],
-                "kept": [layer.tolist() for layer in cache.kept],
+                "kept": [[head.tolist() for head in layer] for layer in cache.kept],
             },
         }
     )

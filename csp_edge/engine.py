@@ -23,10 +23,11 @@ from csp_edge.errors import (
     PromptError,
 )
 from csp_edge.hook import Hook, Pruning
+from csp_edge.hook import Snapshot as CacheSnapshot
 from csp_edge.memory import available_memory
 from csp_edge.model_info import KV_TYPES, describe
 from csp_edge.native import llama, mtmd
-from csp_edge.policies import CSP
+from csp_edge.policies import Policy
 from csp_edge.tokenizer import Item, Patches, Prompt, Tokenizer
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -46,6 +47,19 @@ class Prefill:
     n_encoded: int  # pictures or tiles that went through the encoder
     encode_s: float
     decode_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Snapshot:
+    """What an engine's cache held, for restore()."""
+
+    cache: CacheSnapshot
+    items: tuple[Item, ...]
+    n_tokens: int
+    n_past: int
+    n_pruned: int
+    n_evicted: int
+    n_recent: int
 
 
 class Engine:
@@ -263,6 +277,7 @@ class Engine:
         self.n_past = 0  # the next token's position
         self._n_pruned = 0  # leading items that can only go together
         self._n_evicted = 0  # tokens without a cell
+        self._n_recent = 0  # pruned tokens that have a cell of their own
 
     def _append(self, item: Item) -> None:
         self.items.append(item)
@@ -498,17 +513,39 @@ class Engine:
         pointer = llama.llama_get_logits_ith(self._ctx, -1)
         return np.ctypeslib.as_array(pointer, (self.tokenizer.n_vocab,))
 
-    def prune(self, policy: CSP, *, inspect: bool = False) -> Pruning:
-        """Cross-Self Pruning of the whole cache, by the queries that prefill() observed.
+    def redecode(self) -> None:
+        """Decode the last token once more, over the cache as it is now. `logits` are its own then.
 
-        Observation ends with it. A budget of all cells and more evicts nothing.
+        After prune() they are those that the pruned cache gives.
+
+        Raises:
+            PromptError: there is no last token, or pruning left no cell of its own to it.
+        """
+        token = self.items[-1] if self.items else None
+        if not isinstance(token, int):
+            raise PromptError("no token to decode again: prefill a prompt that ends with text")
+        if len(self.items) == self._n_pruned and not self._n_recent:
+            raise PromptError("the last token is evicted: prune with recent of at least 1")
+        try:
+            self.cut(len(self.items) - 1)
+            self._decode_text([token], want_logits=True)
+        except BaseException:
+            self._recover()
+            raise
+
+    def prune(self, policy: Policy, *, inspect: bool = False) -> Pruning:
+        """Prune the whole cache, by the newest queries observed since prefill() began.
+
+        That may be after some decode() calls, whose queries then count too. Observation ends with
+        it. A budget of all cells and more evicts nothing. After an error the cache is empty.
 
         Args:
             inspect: keep queries, keys and scores too.
 
         Raises:
-            PolicyError: the policy makes no sense for this many tokens.
+            PolicyError: the policy makes no sense for this many tokens, or chose nonsense.
             CspEdgeError: nothing was observed, or the device failed.
+            Anything that the policy's own select() raises.
         """
         assert self._hook, "made without prune=True"
         try:
@@ -519,7 +556,44 @@ class Engine:
             raise
         self._n_pruned = len(self.items)
         self._n_evicted = self.n_tokens - pruning.n_kept
+        self._n_recent = pruning.n_recent
         return pruning
+
+    def snapshot(self) -> Snapshot:
+        """The cache as it is, with the observed queries, for restore(). It takes as much memory.
+
+        Raises:
+            MemoryLimitError: it doesn't fit.
+        """
+        assert self._hook, "made without prune=True"
+        return Snapshot(
+            self._hook.snapshot(),
+            tuple(self.items),
+            self.n_tokens,
+            self.n_past,
+            self._n_pruned,
+            self._n_evicted,
+            self._n_recent,
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Bring a snapshot's cache and queries back. `logits` stay those of the last token decoded.
+
+        A snapshot can be restored any number of times, as long as the cache is of the same size.
+
+        Raises:
+            CspEdgeError: the cache is of another size since, or the queries don't fit.
+        """
+        assert self._hook, "made without prune=True"
+        try:
+            self._hook.restore(snapshot.cache)
+        except BaseException:
+            self.clear()
+            raise
+        self.items = list(snapshot.items)
+        self.n_tokens, self.n_past = snapshot.n_tokens, snapshot.n_past
+        self._n_pruned, self._n_evicted = snapshot.n_pruned, snapshot.n_evicted
+        self._n_recent = snapshot.n_recent
 
 
 def _checked(name: str, value: object, low: int, high: int) -> int:

@@ -1,5 +1,9 @@
 """The pruning hook on a context: llama-csp.h with arrays."""
 
+import ctypes
+import reprlib
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,44 +11,49 @@ import numpy as np
 import numpy.typing as npt
 
 from csp_edge import native
-from csp_edge.errors import CspEdgeError, MemoryLimitError, ModelError
-from csp_edge.policies import CSP
+from csp_edge.errors import CspEdgeError, MemoryLimitError, ModelError, PolicyError
+from csp_edge.policies import LayerView, Policy
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Layer:
     """One pruned layer. Tokens are indices into the conversation.
 
-    kept: uint32 [n_head_kv, n_kept], ascending: the token in each cell.
+    kept: of every KV head uint32 [its cells], ascending: the token in each cell.
     sink: float32 [n_head], logits, or None.
 
     Only with inspect=True, else None:
-    token: uint32 [n_head_kv, n_cells]: the token in each cell before.
-    q: float32 [n_window, n_head, head_dim]; k: float32 [n_cells, n_head_kv, head_dim], after RoPE.
-    self_, cross: float32 [n_head_kv, n_cells]: the scores (section 3.2).
+    token: of every KV head uint32 [n_cells]: the token in each cell before. As many as there are
+        cells, but for heads that an earlier pruning left fewer; so with k, self_ and cross.
+    q: float32 [n_window, n_head, head_dim], after RoPE.
+    k: of every KV head float32 [n_cells, head_dim], after RoPE.
+    self_, cross: of every KV head float32 [n_cells]: the scores (section 3.2).
     """
 
     il: int
     kq_scale: float
-    kept: npt.NDArray[np.uint32]
+    kept: tuple[npt.NDArray[np.uint32], ...]
     sink: npt.NDArray[np.float32] | None
-    token: npt.NDArray[np.uint32] | None
+    token: tuple[npt.NDArray[np.uint32], ...] | None
     q: npt.NDArray[np.float32] | None
-    k: npt.NDArray[np.float32] | None
-    self_: npt.NDArray[np.float32] | None
-    cross: npt.NDArray[np.float32] | None
+    k: tuple[npt.NDArray[np.float32], ...] | None
+    self_: tuple[npt.NDArray[np.float32], ...] | None
+    cross: tuple[npt.NDArray[np.float32], ...] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Pruning:
     """What one prune() saw and did.
 
+    n_cells: cells scored. n_kept: cells of the head that keeps most, and so of the cache. n_recent:
+    of them the last, which hold the same token in every head.
     pos: int32 [n_tokens]; modality: int8 [n_tokens], 0 text, 1 picture. window_pos and
     window_modality, [n_window], the same for the queries that scored.
     """
 
     n_cells: int
     n_kept: int
+    n_recent: int
     n_tokens: int
     n_window: int
     pos: npt.NDArray[np.int32]
@@ -55,6 +64,14 @@ class Pruning:
     select_s: float
     compact_s: float
     layers: tuple[Layer, ...]
+
+
+class Snapshot:
+    """A cache as it was, its observed queries, and what is known of its pruned part."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        weakref.finalize(self, native.csp_free_snapshot, handle)
 
 
 class Hook:
@@ -85,32 +102,65 @@ class Hook:
         if not native.csp_observe(self._csp, n_window):
             raise MemoryLimitError(f"no memory to observe {n_window} queries: {_last_error()}")
 
-    def prune(self, policy: CSP, n_tokens: int, *, inspect: bool = False) -> Pruning:
+    def prune(self, policy: Policy, n_tokens: int, *, inspect: bool = False) -> Pruning:
         """Score, select and compact, for a conversation of `n_tokens`, evicted ones included.
 
         Raises:
-            PolicyError: the policy makes no sense for this many tokens.
+            PolicyError: the policy makes no sense for this many tokens, or chose nonsense.
             CspEdgeError: nothing was observed, or the device failed.
+            Anything that the policy's own select() raises.
         """
         params = native.csp_default_params()
-        budget, _, recent = policy.resolve(n_tokens)
+        budget, params.window, recent = policy.resolve(n_tokens)
         params.budget, params.recent = min(budget, n_tokens), min(recent, n_tokens)
-        params.cross_ratio = -1.0 if policy.cross_ratio is None else policy.cross_ratio
         params.n_score = policy.n_score
         if policy.sink == "mass":
             params.sink = native.SINK_MASS
         elif policy.sink is not None:
             params.sink, params.n_decode = native.SINK_FIXED, policy.sink
+        params.keys = policy.needs_keys
         params.inspect = inspect
+
+        failures: list[BaseException] = []
+        call = policy.native_call()
+        if call:
+            name, settings = call
+            params.policy = native.csp_policy(name)
+            params.policy_settings = ctypes.addressof(settings) if settings else None
+        else:
+            params.policy = _callback(policy, failures)
         if not native.csp_prune(self._csp, params):
+            if failures:
+                raise failures[0]
             raise CspEdgeError(f"pruning failed: {_last_error()}")
         return self._read_pruning(inspect)
+
+    def snapshot(self) -> Snapshot:
+        """The cache as it is, with the observed queries.
+
+        Raises:
+            MemoryLimitError: it doesn't fit.
+        """
+        handle = native.csp_take_snapshot(self._csp)
+        if not handle:
+            raise MemoryLimitError(f"no memory for a copy of the cache: {_last_error()}")
+        return Snapshot(handle)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Bring a snapshot back.
+
+        Raises:
+            CspEdgeError: it is of another model or context size, or its queries don't fit.
+        """
+        if not native.csp_restore(self._csp, snapshot.handle):
+            raise CspEdgeError(f"the cache can't be restored: {_last_error()}: prefill it anew")
 
     def _read_pruning(self, inspect: bool) -> Pruning:
         stats = native.csp_get_stats(self._csp)
         return Pruning(
             stats.n_cells,
             stats.n_kept,
+            stats.n_recent,
             stats.n_tokens,
             stats.n_window,
             _array(stats.pos, stats.n_tokens),
@@ -125,18 +175,98 @@ class Hook:
 
     def _read_layer(self, stats: Any, i: int, inspect: bool) -> Layer:
         layer = native.csp_get_layer(self._csp, i)
-        n_cells, n_kv, dim = stats.n_cells, layer.n_head_kv, layer.n_embd_head_k
+        n_kv, n_cells, dim = layer.n_head_kv, stats.n_cells, layer.n_embd_head_k
+        lengths = _array(layer.n_cells, n_kv) if inspect else None
         return Layer(
             layer.il,
             layer.kq_scale,
-            _array(layer.kept, n_kv, stats.n_kept),
+            _heads(_array(layer.kept, n_kv, stats.n_kept), _array(layer.n_kept, n_kv)),
             _array(layer.sink, layer.n_head) if layer.sink else None,
-            _array(layer.token, n_kv, n_cells) if inspect else None,
+            _heads(_array(layer.token, n_kv, n_cells), lengths) if inspect else None,
             _array(layer.q, stats.n_window, layer.n_head, dim) if inspect else None,
-            _array(layer.k, n_cells, n_kv, dim) if inspect else None,
-            _array(layer.self, n_kv, n_cells) if inspect else None,
-            _array(layer.cross, n_kv, n_cells) if inspect else None,
+            _heads(_array(layer.k, n_kv, n_cells, dim), lengths) if inspect else None,
+            _heads(_array(layer.self, n_kv, n_cells), lengths) if inspect else None,
+            _heads(_array(layer.cross, n_kv, n_cells), lengths) if inspect else None,
         )
+
+
+def _heads(rows: npt.NDArray[Any], lengths: Any) -> tuple[npt.NDArray[Any], ...]:
+    return tuple(row[:n] for row, n in zip(rows, lengths, strict=True))
+
+
+def _callback(policy: Policy, failures: list[BaseException]) -> Any:
+    """`policy.select` as a llama_csp_policy. What it raises can't pass through C: see failures."""
+
+    @native.CspPolicy  # type: ignore[untyped-decorator, unused-ignore]
+    def choose(view: Any, choice: Any, _: object) -> bool:
+        try:
+            layer = _layer_view(view.contents)
+            _write_choice(choice.contents, layer, _checked_rows(policy, layer))
+        except BaseException as failure:
+            failures.append(failure)
+        return not failures
+
+    return choose
+
+
+def _layer_view(view: Any) -> LayerView:
+    n_kv, n_cells = view.n_head_kv, view.n_cells
+    return LayerView(
+        view.i_layer,
+        view.n_layer,
+        view.budget,
+        view.recent,
+        _array(view.token, n_kv, n_cells),
+        _array(view.modality, n_kv, n_cells),
+        _array(view.self, n_kv, n_cells),
+        _array(view.cross, n_kv, n_cells),
+        _array(view.k, n_kv, n_cells, view.n_embd_head_k) if view.k else None,
+    )
+
+
+def _checked_rows(policy: Policy, layer: LayerView) -> list[npt.NDArray[np.uint32]]:
+    n_kv, n_cells = layer.token.shape
+    rows = policy.select(layer)
+    name = f"{type(policy).__name__}.select()"
+    if isinstance(rows, np.ndarray):
+        rows = [*rows] if rows.ndim else []
+    if not isinstance(rows, Sequence) or len(rows) != n_kv:
+        raise PolicyError(
+            f"{name} returned {reprlib.repr(rows)} for layer {layer.i_layer}: "
+            f"give an array of cells for each of its {n_kv} KV heads"
+        )
+    checked = []
+    for head, row in enumerate(rows):
+        cells = _as_cells(row, n_cells)
+        if cells is None:
+            raise PolicyError(
+                f"{name} returned {reprlib.repr(row)} for KV head {head} of layer "
+                f"{layer.i_layer}: give one or more integers from 0 to {n_cells - 1}, ascending, "
+                "each once"
+            )
+        checked.append(cells)
+    return checked
+
+
+def _as_cells(row: object, n_cells: int) -> npt.NDArray[np.uint32] | None:
+    try:
+        cells = np.asarray(row)
+    except ValueError:  # rows of different lengths
+        return None
+    if cells.ndim != 1 or not len(cells) or not np.issubdtype(cells.dtype, np.integer):
+        return None
+    if (cells[1:] <= cells[:-1]).any() or not 0 <= cells[0] <= cells[-1] < n_cells:
+        return None
+    return cells.astype(np.uint32)
+
+
+def _write_choice(choice: Any, layer: LayerView, rows: list[npt.NDArray[np.uint32]]) -> None:
+    n_kv, n_cells = layer.token.shape
+    n_kept = np.ctypeslib.as_array(choice.n_kept, (n_kv,))
+    kept = np.ctypeslib.as_array(choice.kept, (n_kv, n_cells))
+    for head, row in enumerate(rows):
+        n_kept[head] = len(row)
+        kept[head, : len(row)] = row
 
 
 def _last_error() -> str:

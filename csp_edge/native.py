@@ -53,6 +53,44 @@ def explained(function: Callable[..., Any], *args: Any) -> tuple[Any, str]:
     return result, re.sub(r"^(\w+: )+", "", errors[0]) if errors else ""
 
 
+# llama-csp-policy.h
+
+
+class CspView(ctypes.Structure):
+    _fields_ = [
+        ("i_layer", ctypes.c_uint32),
+        ("n_layer", ctypes.c_uint32),
+        ("n_head_kv", ctypes.c_uint32),
+        ("n_embd_head_k", ctypes.c_uint32),
+        ("n_cells", ctypes.c_uint32),
+        ("budget", ctypes.c_uint32),
+        ("recent", ctypes.c_uint32),
+        ("token", ctypes.POINTER(ctypes.c_uint32)),
+        ("modality", ctypes.POINTER(ctypes.c_int8)),
+        ("self", ctypes.POINTER(ctypes.c_float)),
+        ("cross", ctypes.POINTER(ctypes.c_float)),
+        ("k", ctypes.POINTER(ctypes.c_float)),
+    ]
+
+
+class CspChoice(ctypes.Structure):
+    _fields_ = [
+        ("n_kept", ctypes.POINTER(ctypes.c_uint32)),
+        ("kept", ctypes.POINTER(ctypes.c_uint32)),
+        ("merge", ctypes.POINTER(ctypes.c_uint32)),
+    ]
+
+
+CspPolicy = ctypes.CFUNCTYPE(
+    ctypes.c_bool, ctypes.POINTER(CspView), ctypes.POINTER(CspChoice), ctypes.c_void_p
+)
+
+
+def csp_policy(name: str) -> Any:
+    """One of llama-csp-policies.h, by name."""
+    return CspPolicy((name, llama._lib))
+
+
 # llama-csp.h
 
 
@@ -60,10 +98,13 @@ class CspParams(ctypes.Structure):
     _fields_ = [
         ("budget", ctypes.c_uint32),
         ("recent", ctypes.c_uint32),
-        ("cross_ratio", ctypes.c_double),
+        ("window", ctypes.c_uint32),
         ("n_score", ctypes.c_float),
         ("n_decode", ctypes.c_float),
         ("sink", ctypes.c_int),
+        ("policy", CspPolicy),
+        ("policy_settings", ctypes.c_void_p),
+        ("keys", ctypes.c_bool),
         ("inspect", ctypes.c_bool),
     ]
 
@@ -73,6 +114,7 @@ class CspStats(ctypes.Structure):
         ("n_layer", ctypes.c_uint32),
         ("n_cells", ctypes.c_uint32),
         ("n_kept", ctypes.c_uint32),
+        ("n_recent", ctypes.c_uint32),
         ("n_tokens", ctypes.c_uint32),
         ("n_window", ctypes.c_uint32),
         ("pos", ctypes.POINTER(ctypes.c_int32)),
@@ -92,8 +134,10 @@ class CspLayer(ctypes.Structure):
         ("n_head_kv", ctypes.c_uint32),
         ("n_embd_head_k", ctypes.c_uint32),
         ("kq_scale", ctypes.c_float),
+        ("n_kept", ctypes.POINTER(ctypes.c_uint32)),
         ("kept", ctypes.POINTER(ctypes.c_uint32)),
         ("sink", ctypes.POINTER(ctypes.c_float)),
+        ("n_cells", ctypes.POINTER(ctypes.c_uint32)),
         ("token", ctypes.POINTER(ctypes.c_uint32)),
         ("q", ctypes.POINTER(ctypes.c_float)),
         ("k", ctypes.POINTER(ctypes.c_float)),
@@ -118,16 +162,8 @@ csp_init = _function("llama_csp_init", ctypes.c_void_p, ctypes.c_void_p)
 csp_free = _function("llama_csp_free", None, ctypes.c_void_p)
 csp_observe = _function("llama_csp_observe", ctypes.c_bool, ctypes.c_void_p, ctypes.c_uint32)
 csp_prune = _function("llama_csp_prune", ctypes.c_bool, ctypes.c_void_p, CspParams)
+csp_take_snapshot = _function("llama_csp_take_snapshot", ctypes.c_void_p, ctypes.c_void_p)
+csp_restore = _function("llama_csp_restore", ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p)
+csp_free_snapshot = _function("llama_csp_free_snapshot", None, ctypes.c_void_p)
 csp_get_stats = _function("llama_csp_get_stats", CspStats, ctypes.c_void_p)
 csp_get_layer = _function("llama_csp_get_layer", CspLayer, ctypes.c_void_p, ctypes.c_uint32)
-csp_select = _function(
-    "llama_csp_select",
-    ctypes.c_uint32,
-    ctypes.POINTER(ctypes.c_float),
-    ctypes.POINTER(ctypes.c_float),
-    ctypes.c_uint32,
-    ctypes.c_uint32,
-    ctypes.c_uint32,
-    ctypes.c_double,
-    ctypes.POINTER(ctypes.c_uint32),
-)

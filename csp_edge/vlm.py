@@ -18,7 +18,7 @@ from csp_edge.errors import CspEdgeError, OptionError, PolicyError, TemplateErro
 from csp_edge.hook import Pruning
 from csp_edge.images import Source, load_image
 from csp_edge.model_files import find_model
-from csp_edge.policies import CSP, Full
+from csp_edge.policies import CSP, Full, Policy
 from csp_edge.sampling import Sampler, Sampling, TextStream, schema_to_grammar
 from csp_edge.template import ChatTemplate, Message, Text, normalize_messages
 from csp_edge.tokenizer import Patches, Prompt
@@ -69,7 +69,7 @@ class CacheFigures:
     pruning: what was kept, per layer and head. None: nothing was evicted.
     """
 
-    policy: CSP | Full
+    policy: Policy | Full
     cells_before: int
     cells_after: int
     bytes_before: int
@@ -78,17 +78,16 @@ class CacheFigures:
     pruning: Pruning | None
 
     @property
-    def kept(self) -> list[npt.NDArray[np.uint32]]:
-        """For each pruned layer uint32 [n_head_kv, n_kept]: tokens of the conversation."""
+    def kept(self) -> list[tuple[npt.NDArray[np.uint32], ...]]:
+        """For each pruned layer and KV head uint32 [its cells]: tokens of the conversation."""
         return [layer.kept for layer in self.pruning.layers] if self.pruning else []
 
     def patches(self) -> list[npt.NDArray[np.floating]]:
         """For each of `pictures` float [n_rows, n_cols]: the share of heads that kept it."""
         if not self.pruning:
             return [np.ones((p.n_rows, p.n_cols)) for p in self.pictures]
-        kept = np.concatenate([kept.ravel() for kept in self.kept])
-        n_heads = sum(len(kept) for kept in self.kept)
-        share = np.bincount(kept, minlength=self.pruning.n_tokens) / n_heads
+        heads = [kept for layer in self.kept for kept in layer]
+        share = np.bincount(np.concatenate(heads), minlength=self.pruning.n_tokens) / len(heads)
         return [
             share[p.start : p.start + p.n_rows * p.n_cols].reshape(p.n_rows, p.n_cols)
             for p in self.pictures
@@ -237,7 +236,7 @@ class EdgeVLM:
         n_threads: None: one for each CPU.
         n_gpu_layers: layers to offload, -1: all.
         kv_type: type of K and V in the cache: f32, f16, bf16, q8_0 or q4_0.
-        cache: what is kept of each prompt: CSP(...) or Full().
+        cache: what is kept of each prompt: CSP(...), another of csp_edge.policies, or Full().
         allow_urls: fetch pictures given as http(s) URLs.
         progress: called with ("load" | "encode" | "prefill", done, total).
 
@@ -259,12 +258,12 @@ class EdgeVLM:
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
         kv_type: str = "f16",
-        cache: CSP | Full = CSP(),  # noqa: B008
+        cache: Policy | Full = CSP(),  # noqa: B008
         allow_urls: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        if not isinstance(cache, (CSP, Full)):
-            raise PolicyError(f"cache={cache!r}: give CSP(...) or Full()")
+        if not isinstance(cache, (Policy, Full)):
+            raise PolicyError(f"cache={cache!r}: give a policy like CSP(...), or Full()")
         files = find_model(path)
         self.cache = cache
         self._allow_urls = allow_urls
@@ -275,7 +274,7 @@ class EdgeVLM:
             n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,
             kv_type=kv_type,
-            prune=isinstance(cache, CSP),
+            prune=isinstance(cache, Policy),
             progress=progress,
         )
         self._close = weakref.finalize(self, self.engine.close)
@@ -462,7 +461,7 @@ class EdgeVLM:
         with self._tokenize(messages) as prompt:
             policy = self.cache
             budget = window = 0
-            if isinstance(policy, CSP):
+            if isinstance(policy, Policy):
                 budget, window, _ = policy.resolve(prompt.n_tokens)
             is_pruned = 0 < budget < prompt.n_tokens
             prefill = self.engine.prefill(prompt, room=room, window=window if is_pruned else 0)
@@ -471,7 +470,7 @@ class EdgeVLM:
 
         t1 = time.perf_counter()
         n_cells, pruning = self.engine.n_cells, None
-        if isinstance(policy, CSP) and is_pruned and budget < n_cells:
+        if isinstance(policy, Policy) and is_pruned and budget < n_cells:
             pruning = self.engine.prune(policy)
         else:
             self.engine.observe(0)

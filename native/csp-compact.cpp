@@ -17,7 +17,7 @@ llama_csp::cell_list llama_csp::get_cells() const {
     }
 
     // chosen cells are the first ones. a position can repeat within a picture, there the order of the cells counts
-    std::sort(res.idxs.begin() + n_chosen, res.idxs.end(), [&](uint32_t a, uint32_t b) {
+    std::sort(res.idxs.begin() + index.n_chosen, res.idxs.end(), [&](uint32_t a, uint32_t b) {
         return std::make_pair(cells.pos_get(a), a) < std::make_pair(cells.pos_get(b), b);
     });
 
@@ -26,7 +26,7 @@ llama_csp::cell_list llama_csp::get_cells() const {
         res.ext.push_back(cells.ext_get(i));
     }
 
-    res.n_chosen = n_chosen;
+    res.n_chosen = index.n_chosen;
 
     return res;
 }
@@ -48,10 +48,8 @@ static void csp_build_compact(csp_graph & graph, ggml_tensor * cache, int64_t n_
     ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx0, dst, cur, rows));
 }
 
-void llama_csp::compact(const layer & l, const cell_list & cells, const std::vector<uint32_t> & kept) {
+void llama_csp::compact(const layer & l, const cell_list & cells, const std::vector<head_choice> & choice, uint32_t n_kept, uint32_t n_true) {
     csp_graph graph(ctx);
-
-    const uint32_t n_kept = kept.size()/l.n_head_kv;
 
     ggml_tensor * idxs = graph.new_input(GGML_TYPE_I32, n_kept, l.n_head_kv);
     ggml_tensor * rows = graph.new_input(GGML_TYPE_I64, n_kept, 1);
@@ -61,8 +59,18 @@ void llama_csp::compact(const layer & l, const cell_list & cells, const std::vec
 
     graph.alloc();
 
-    std::vector<int32_t> idxs_data(kept.size());
-    std::transform(kept.begin(), kept.end(), idxs_data.begin(), [&](uint32_t i) { return cells.idxs[i]; });
+    std::vector<int32_t> idxs_data;
+
+    for (const auto & cur : choice) {
+        auto kept = cur.kept;
+
+        // padding is between the chosen and the true cells, with whatever in it
+        const uint32_t any = kept[0];
+
+        kept.insert(kept.end() - n_true, n_kept - kept.size(), any);
+
+        std::transform(kept.begin(), kept.end(), std::back_inserter(idxs_data), [&](uint32_t i) { return cells.idxs[i]; });
+    }
 
     std::vector<int64_t> rows_data(n_kept);
     std::iota(rows_data.begin(), rows_data.end(), 0);

@@ -138,16 +138,16 @@ void llama_csp::take_back(llama_pos p, const llama_kv_cell_ext & ext) {
 void llama_csp::drop_before(llama_pos p) {
     const auto is_before = [&](int32_t row) { return window[row].pos < p; };
 
-    const auto rows = window_rows();
+    const auto rows = window_rows(n_observed);
 
     n_observed -= std::find_if_not(rows.begin(), rows.end(), is_before) - rows.begin();
 }
 
-std::vector<int32_t> llama_csp::window_rows() const {
-    std::vector<int32_t> res(n_observed);
+std::vector<int32_t> llama_csp::window_rows(uint32_t n) const {
+    std::vector<int32_t> res(n);
 
-    for (uint32_t i = 0; i < n_observed; ++i) {
-        res[i] = (i_row + n_window - n_observed + i)%n_window;
+    for (uint32_t i = 0; i < n; ++i) {
+        res[i] = (i_row + n_window - n + i)%n_window;
     }
 
     return res;

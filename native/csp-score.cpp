@@ -15,9 +15,10 @@ static uint32_t csp_n_block(const llama_csp::layer & l, uint32_t n_cells) {
 
 static constexpr uint32_t N_MODALITY = 2;
 
-// the attention of window queries [q0, q1) of one layer
+// the attention of some window queries in one layer
 struct csp_attn_graph : csp_graph {
-    csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l, const llama_csp::cell_list & cells, uint32_t q0, uint32_t q1, float n_score);
+    // rows: of the ring
+    csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l, const llama_csp::cell_list & cells, std::vector<int32_t> rows, float n_score);
 
     void set_inputs();
 
@@ -25,13 +26,14 @@ struct csp_attn_graph : csp_graph {
     const llama_csp::layer & l;
     const llama_csp::cell_list & cells;
 
-    const uint32_t q0;
+    const std::vector<int32_t> rows_data;
+
     const uint32_t n_q;
     const float    n_score;
 
     ggml_tensor * idxs; // I32 [n_cells]
     ggml_tensor * rows; // I32 [n_q]
-    ggml_tensor * mask; // F32 [n_cells, n_q]
+    ggml_tensor * mask; // F32 [n_cells, n_q, 1], or n_head of them where heads have padding
     ggml_tensor * sink; // F32 [n_head] ln(n)
 
     ggml_tensor * q;      // F32 [n_embd_head_k*n_head, n_q]
@@ -40,15 +42,15 @@ struct csp_attn_graph : csp_graph {
     ggml_tensor * attn;   // F32 [n_cells, n_q, n_head]
 };
 
-csp_attn_graph::csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l, const llama_csp::cell_list & cells, uint32_t q0, uint32_t q1, float n_score) :
-    csp_graph(csp.ctx), csp(csp), l(l), cells(cells), q0(q0), n_q(q1 - q0), n_score(n_score) {
+csp_attn_graph::csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l, const llama_csp::cell_list & cells, std::vector<int32_t> rows_data, float n_score) :
+    csp_graph(csp.ctx), csp(csp), l(l), cells(cells), rows_data(std::move(rows_data)), n_q(this->rows_data.size()), n_score(n_score) {
     const auto & hparams = csp.ctx.get_model().hparams;
 
     const int64_t n_cells = cells.size();
 
     idxs = new_input(GGML_TYPE_I32, n_cells, 1);
     rows = new_input(GGML_TYPE_I32, n_q,     1);
-    mask = new_input(GGML_TYPE_F32, n_cells, n_q);
+    mask = new_input(GGML_TYPE_F32, n_cells, n_q, csp.index.is_ragged ? l.n_head : 1);
     sink = new_input(GGML_TYPE_F32, l.n_head, 1);
 
     // also dequantizes
@@ -75,24 +77,25 @@ csp_attn_graph::csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l
 }
 
 void csp_attn_graph::set_inputs() {
-    const auto all_rows = csp.window_rows();
-
-    ggml_backend_tensor_set(idxs, cells.idxs.data(),    0, ggml_nbytes(idxs));
-    ggml_backend_tensor_set(rows, all_rows.data() + q0, 0, ggml_nbytes(rows));
+    ggml_backend_tensor_set(idxs, cells.idxs.data(), 0, ggml_nbytes(idxs));
+    ggml_backend_tensor_set(rows, rows_data.data(),  0, ggml_nbytes(rows));
 
     std::vector<float> data(ggml_nelements(mask));
 
     float * dst = data.data();
 
-    for (uint32_t i = 0; i < n_q; ++i) {
-        const auto & cur = csp.window[all_rows[q0 + i]];
+    for (int64_t h = 0; h < mask->ne[2]; ++h) {
+        const uint32_t n_chosen = csp.index.is_ragged ? l.index.n_chosen[h/(l.n_head/l.n_head_kv)] : cells.n_chosen;
 
-        for (uint32_t j = 0; j < cells.size(); ++j) {
-            const bool chosen = j < cells.n_chosen;
-            const bool future = cells.pos[j] > cur.pos_max ||
-                (cur.is_2d && cells.pos[j] == cur.pos && cells.ext[j].is_2d_gt(cur.ext.x, cur.ext.y));
+        for (const auto row : rows_data) {
+            const auto & cur = csp.window[row];
 
-            *dst++ = chosen || !future ? 0.0f : -INFINITY;
+            for (uint32_t j = 0; j < cells.size(); ++j) {
+                const bool hidden = j < cells.n_chosen ? j >= n_chosen : cells.pos[j] > cur.pos_max ||
+                    (cur.is_2d && cells.pos[j] == cur.pos && cells.ext[j].is_2d_gt(cur.ext.x, cur.ext.y));
+
+                *dst++ = hidden ? -INFINITY : 0.0f;
+            }
         }
     }
 
@@ -111,18 +114,23 @@ static std::vector<float> csp_get(const ggml_tensor * t) {
     return res;
 }
 
-std::vector<llama_csp::head_scores> llama_csp::score(layer & l, const cell_list & cells, const llama_csp_params & params) {
+// the next block of the rows from i on
+static std::vector<int32_t> csp_block(const std::vector<int32_t> & rows, size_t i, size_t n) {
+    return { rows.begin() + i, rows.begin() + std::min(i + n, rows.size()) };
+}
+
+void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int32_t> & rows, const llama_csp_params & params, std::vector<head_cells> & heads) {
     const uint32_t n_cells = cells.size();
     const uint32_t n_group = l.n_head/l.n_head_kv;
     const uint32_t n_block = csp_n_block(l, n_cells);
 
-    const auto rows = window_rows();
-
     // attention from queries of modality m: [n_head_kv][n_cells][m]
     std::vector<float> sums(size_t(N_MODALITY)*n_cells*l.n_head_kv, 0.0f);
 
-    for (uint32_t q0 = 0; q0 < n_observed; q0 += n_block) {
-        csp_attn_graph graph(*this, l, cells, q0, std::min(q0 + n_block, n_observed), params.n_score);
+    std::vector<float> keys; // [n_cells][n_head_kv][n_embd_head_k]
+
+    for (size_t i_block = 0; i_block < rows.size(); i_block += n_block) {
+        csp_attn_graph graph(*this, l, cells, csp_block(rows, i_block, n_block), params.n_score);
 
         ggml_tensor * from = graph.new_input(GGML_TYPE_F32, graph.n_q, N_MODALITY);
 
@@ -133,8 +141,12 @@ std::vector<llama_csp::head_scores> llama_csp::score(layer & l, const cell_list 
 
         ggml_set_output(cur);
 
+        const bool want_keys = i_block == 0 && (params.inspect || params.keys);
+
         if (params.inspect) {
             ggml_set_output(graph.q);
+        }
+        if (want_keys) {
             ggml_set_output(graph.k);
         }
 
@@ -145,7 +157,7 @@ std::vector<llama_csp::head_scores> llama_csp::score(layer & l, const cell_list 
 
         std::vector<float> from_data(N_MODALITY*graph.n_q, 0.0f);
         for (uint32_t i = 0; i < graph.n_q; ++i) {
-            from_data[window[rows[q0 + i]].modality*graph.n_q + i] = 1.0f;
+            from_data[window[graph.rows_data[i]].modality*graph.n_q + i] = 1.0f;
         }
         ggml_backend_tensor_set(from, from_data.data(), 0, ggml_nbytes(from));
 
@@ -166,55 +178,52 @@ std::vector<llama_csp::head_scores> llama_csp::score(layer & l, const cell_list 
             const auto q_data = csp_get(graph.q);
 
             l.q_data.insert(l.q_data.end(), q_data.begin(), q_data.end());
-            l.k_data = csp_get(graph.k);
+        }
+        if (want_keys) {
+            keys = csp_get(graph.k);
         }
     }
 
-    std::vector<head_scores> res(l.n_head_kv);
-
     for (uint32_t h = 0; h < l.n_head_kv; ++h) {
-        res[h].self .resize(n_cells);
-        res[h].cross.resize(n_cells);
+        auto & head = heads[h];
 
-        for (uint32_t i = 0; i < n_cells; ++i) {
-            const float * sum = sums.data() + (size_t(h)*n_cells + i)*N_MODALITY;
+        for (uint32_t i = 0; i < head.size(); ++i) {
+            const float * sum = sums.data() + (size_t(h)*n_cells + head.cells[i])*N_MODALITY;
 
-            const int8_t m = i < cells.n_chosen ? modality[get_token(l, cells, h, i)] : csp_modality(cells.ext[i]);
+            head.self .push_back(sum[    head.modality[i]]);
+            head.cross.push_back(sum[1 - head.modality[i]]);
 
-            res[h].self [i] = sum[m];
-            res[h].cross[i] = sum[1 - m];
-        }
-    }
+            if (!keys.empty()) {
+                const auto key = keys.begin() + (size_t(head.cells[i])*l.n_head_kv + h)*l.n_embd_head_k;
 
-    return res;
-}
-
-std::vector<float> llama_csp::measure(const layer & l, const cell_list & cells, float n_score, const std::vector<uint32_t> & kept) {
-    const uint32_t n_cells = cells.size();
-    const uint32_t n_group = l.n_head/l.n_head_kv;
-    const uint32_t n_block = csp_n_block(l, n_cells);
-    const uint32_t n_kept  = kept.size()/l.n_head_kv;
-
-    // [n_head_kv][n_cells - n_kept]
-    std::vector<uint32_t> evicted;
-
-    for (uint32_t h = 0; h < l.n_head_kv; ++h) {
-        const auto begin = kept.begin() + size_t(h)*n_kept;
-
-        for (uint32_t i = 0; i < n_cells; ++i) {
-            if (!std::binary_search(begin, begin + n_kept, i)) {
-                evicted.push_back(i);
+                head.k.insert(head.k.end(), key, key + l.n_embd_head_k);
             }
         }
     }
+}
 
-    const uint32_t n_evicted = n_cells - n_kept;
+std::vector<float> llama_csp::measure(
+        const layer & l,
+        const cell_list & cells,
+        const std::vector<int32_t> & rows,
+        const llama_csp_params & params,
+        const std::vector<head_cells> & heads,
+        const std::vector<head_choice> & choice) {
+    const uint32_t n_cells = cells.size();
+    const uint32_t n_group = l.n_head/l.n_head_kv;
+    const uint32_t n_block = csp_n_block(l, n_cells);
+
+    std::vector<std::vector<uint32_t>> evicted(l.n_head_kv);
+
+    for (uint32_t h = 0; h < l.n_head_kv; ++h) {
+        std::set_difference(heads[h].cells.begin(), heads[h].cells.end(), choice[h].kept.begin(), choice[h].kept.end(), std::back_inserter(evicted[h]));
+    }
 
     std::vector<double>   sum(l.n_head, 0.0);
     std::vector<uint32_t> n_seen(l.n_head, 0); // queries that see a cell that is evicted
 
-    for (uint32_t q0 = 0; q0 < n_observed; q0 += n_block) {
-        csp_attn_graph graph(*this, l, cells, q0, std::min(q0 + n_block, n_observed), n_score);
+    for (size_t i_block = 0; i_block < rows.size(); i_block += n_block) {
+        csp_attn_graph graph(*this, l, cells, csp_block(rows, i_block, n_block), params.n_score);
 
         ggml_set_output(graph.logits);
         ggml_set_output(graph.attn);
@@ -228,22 +237,26 @@ std::vector<float> llama_csp::measure(const layer & l, const cell_list & cells, 
         const auto attn   = csp_get(graph.attn);
 
         for (uint32_t h = 0; h < l.n_head; ++h) {
-            const uint32_t * ids = evicted.data() + size_t(h/n_group)*n_evicted;
+            const auto & ids = evicted[h/n_group];
+
+            if (ids.empty()) {
+                continue;
+            }
 
             for (uint32_t i = 0; i < graph.n_q; ++i) {
                 const float * x = logits.data() + (size_t(h)*graph.n_q + i)*n_cells;
                 const float * a = attn  .data() + (size_t(h)*graph.n_q + i)*n_cells;
 
                 // a = exp(x)/Z, so that log(sum(exp(x))) = x_j + log(sum(a)/a_j) for every j
-                const uint32_t j = *std::max_element(ids, ids + n_evicted, [a](uint32_t i0, uint32_t i1) { return a[i0] < a[i1]; });
+                const uint32_t j = *std::max_element(ids.begin(), ids.end(), [a](uint32_t i0, uint32_t i1) { return a[i0] < a[i1]; });
 
                 if (!(a[j] > 0.0f)) {
                     continue;
                 }
 
                 double mass = 0.0;
-                for (uint32_t e = 0; e < n_evicted; ++e) {
-                    mass += a[ids[e]];
+                for (const auto e : ids) {
+                    mass += a[e];
                 }
 
                 sum   [h] += x[j] + std::log(mass/a[j]);

@@ -7,18 +7,29 @@
 
 #include "ggml-cpp.h"
 
+#include <memory>
 #include <utility>
 #include <vector>
 
 //
 // llama_csp
 //
-// observe -> score -> select -> compact -> decode, one file each
+// observe -> score -> choose -> merge -> compact -> decode, one file each
 // build_attn() is called by the patched llm_graph_context::build_attn_mha(), everything else from llama-csp.cpp
 //
 
 struct llama_csp {
     using bufs_t = std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>>;
+
+    // what is known of the pruned part of the sequence, per layer
+    struct layer_index {
+        std::vector<uint32_t> n_chosen; // [n_head_kv] chosen cells, the rest up to index.n_chosen is padding
+        std::vector<uint32_t> n_kept;   // [n_head_kv]
+        std::vector<uint32_t> kept;     // [n_head_kv][index.n_kept] tokens
+
+        std::vector<float> sink; // [n_head] logits in use
+        std::vector<float> mass; // [n_head] logits measured so far
+    };
 
     struct layer {
         int32_t  il;
@@ -33,18 +44,19 @@ struct llama_csp {
         ggml_tensor * q    = nullptr; // F32 [n_embd_head_k*n_head, n_window] ring of the newest queries
         ggml_tensor * sink = nullptr; // F32 [n_head]
 
+        ggml_tensor * pad  = nullptr; // F32 [kv_size, n_head_kv] -INF where a head has padding
+
         float kq_scale = 0.0f; // 0: its attention did not pass build_attn()
 
-        std::vector<uint32_t> kept;      // [n_head_kv][n_kept] tokens
-        std::vector<float>    sink_data; // [n_head] in use
-        std::vector<float>    mass_data; // [n_head] measured so far
+        layer_index index;
 
         // of the last prune, if it was to be inspected
-        std::vector<uint32_t> token_data; // [n_head_kv][n_cells]
-        std::vector<float>    q_data;     // [n_window][n_head][n_embd_head_k]
-        std::vector<float>    k_data;     // [n_cells][n_head_kv][n_embd_head_k]
-        std::vector<float>    self_data;  // [n_head_kv][n_cells]
-        std::vector<float>    cross_data; // [n_head_kv][n_cells]
+        std::vector<uint32_t> n_cells_data; // [n_head_kv]
+        std::vector<uint32_t> token_data;   // [n_head_kv][n_cells]
+        std::vector<float>    q_data;       // [n_window][n_head][n_embd_head_k]
+        std::vector<float>    k_data;       // [n_head_kv][n_cells][n_embd_head_k]
+        std::vector<float>    self_data;    // [n_head_kv][n_cells]
+        std::vector<float>    cross_data;   // [n_head_kv][n_cells]
     };
 
     // an observed query
@@ -69,10 +81,65 @@ struct llama_csp {
         uint32_t size() const { return idxs.size(); }
     };
 
-    // the attention that the cells of one KV head receive, summed over the window: [n_cells]
-    struct head_scores {
-        std::vector<float> self;
-        std::vector<float> cross;
+    // the cells of one KV head, without padding
+    struct head_cells {
+        std::vector<uint32_t> cells;    // [n] indices into the cell_list
+        std::vector<uint32_t> token;    // [n]
+        std::vector<int8_t>   modality; // [n]
+
+        // the attention they receive, summed over the window
+        std::vector<float> self;  // [n]
+        std::vector<float> cross; // [n]
+
+        std::vector<float> k; // [n][n_embd_head_k] if asked for
+
+        uint32_t size() const { return cells.size(); }
+    };
+
+    // what one KV head keeps, indices into the cell_list
+    struct head_choice {
+        std::vector<uint32_t> kept; // ascending
+
+        std::vector<std::pair<uint32_t, uint32_t>> merged; // an evicted cell, and the kept one that it is merged into
+    };
+
+    // what is known of the pruned part of the sequence: layer_index.kept tells the tokens in cells [0, n_chosen) of the
+    // cache, and the tokens from n_base on are in cells of their own
+    struct seq_index {
+        uint32_t  n_kept     =  0; // of the head that keeps most
+        uint32_t  n_chosen   =  0;
+        uint32_t  n_base     =  0;
+        llama_pos pos_chosen = -1; // of the chosen cells
+
+        bool use_sinks = false;
+        bool is_ragged = false; // some heads have padding
+
+        // all tokens of the sequence when it was last pruned
+        std::vector<llama_pos> pos;
+        std::vector<int8_t>    modality;
+
+        // the queries that scored
+        std::vector<llama_pos> window_pos;
+        std::vector<int8_t>    window_modality;
+    };
+
+    // what a prune is going to do
+    struct pruning {
+        cell_list cells;
+
+        std::vector<int32_t> rows; // of the ring: the queries that score
+
+        std::vector<std::vector<head_choice>> choices; // [n_layer][n_head_kv]
+        std::vector<std::vector<float>>       masses;  // [n_layer][n_head]
+
+        uint32_t n_kept = 0; // of the head that keeps most
+        uint32_t n_true = 0; // of them the last that all heads keep
+
+        bool is_evicting = false;
+        bool is_ragged   = false;
+
+        int64_t t_score_us  = 0;
+        int64_t t_select_us = 0;
     };
 
     // throws if the memory of the context can't be pruned
@@ -100,8 +167,8 @@ struct llama_csp {
     void take_back  (llama_pos p, const llama_kv_cell_ext & ext);
     void drop_before(llama_pos p);
 
-    // the rows of the ring from the oldest query to the newest
-    std::vector<int32_t> window_rows() const;
+    // the rows of the ring that hold the newest n queries, the oldest of them first
+    std::vector<int32_t> window_rows(uint32_t n) const;
 
     uint32_t n_window   = 0; // rows of the ring
     uint32_t n_observed = 0; // rows in use
@@ -115,11 +182,31 @@ struct llama_csp {
     // csp-score.cpp
     //
 
-    // [n_head_kv]
-    std::vector<head_scores> score(layer & l, const cell_list & cells, const llama_csp_params & params);
+    // heads: [n_head_kv]
+    void score(layer & l, const cell_list & cells, const std::vector<int32_t> & rows, const llama_csp_params & params, std::vector<head_cells> & heads);
 
     // log-sum-exp of the logits of the cells that are not kept, mean over the window, per query head
-    std::vector<float> measure(const layer & l, const cell_list & cells, float n_score, const std::vector<uint32_t> & kept);
+    std::vector<float> measure(
+            const layer & l,
+            const cell_list & cells,
+            const std::vector<int32_t> & rows,
+            const llama_csp_params & params,
+            const std::vector<head_cells> & heads,
+            const std::vector<head_choice> & choice);
+
+    //
+    // csp-choose.cpp
+    //
+
+    // have the policy choose, returns [n_head_kv]. throws if it answers nonsense
+    std::vector<head_choice> choose(uint32_t i_layer, const std::vector<head_cells> & heads, const llama_csp_params & params) const;
+
+    //
+    // csp-merge.cpp
+    //
+
+    // average evicted cells into kept ones, in K and V (LOOK-M, arXiv 2406.18139, section 3.3, pivotal merging)
+    void merge(const layer & l, const cell_list & cells, const std::vector<head_choice> & choice);
 
     //
     // csp-compact.cpp
@@ -127,8 +214,8 @@ struct llama_csp {
 
     cell_list get_cells() const;
 
-    // move the kept rows of every head to the front of the cache, kept: [n_head_kv][n_kept] indices into cells
-    void compact(const layer & l, const cell_list & cells, const std::vector<uint32_t> & kept);
+    // move the kept rows of every head to the front of the cache, the last n_true of them to the end of n_kept rows
+    void compact(const layer & l, const cell_list & cells, const std::vector<head_choice> & choice, uint32_t n_kept, uint32_t n_true);
 
     // the first n_kept cells of the cache are in use now, the last n_true of them hold the same token in every head
     void set_cells(const cell_list & cells, uint32_t n_kept, uint32_t n_true);
@@ -142,27 +229,68 @@ struct llama_csp {
     // mass: logits [n_head], for LLAMA_CSP_SINK_MASS
     void set_sinks(layer & l, const llama_csp_params & params, const std::vector<float> & mass);
 
-    bool use_sinks = false;
-
     bufs_t bufs_sink;
+
+    //
+    // csp-mask.cpp
+    //
+
+    // attention in which no head sees its padding
+    ggml_tensor * build_ragged_attn(
+            const llm_graph_context & graph,
+            const layer & l,
+            ggml_tensor * q,
+            ggml_tensor * k,
+            ggml_tensor * v,
+            ggml_tensor * kq_mask,
+            ggml_tensor * sinks,
+                  float   kq_scale) const;
+
+    // throws if there is no memory for the masks
+    void alloc_pad();
+
+    void set_pad(layer & l);
+
+    bufs_t bufs_pad;
+
+    //
+    // csp-snapshot.cpp
+    //
+
+    llama_csp_snapshot * take_snapshot();
+
+    // throws if the snapshot does not fit
+    void restore(const llama_csp_snapshot & snapshot);
+
+    // all caches of the context: a sliding window has its own
+    std::vector<llama_kv_cache *> caches() const;
 
     //
     // llama-csp.cpp
     //
 
-    // returns the sinks to use
+    // supplies the sinks to use
+    // returns the output of the attention [n_embd_head_v*n_head, n_tokens] if it has to be built another way, or NULL
     ggml_tensor * build_attn(
             const llm_graph_context & graph,
-                    ggml_tensor * q,
-                    ggml_tensor * k,
-                    ggml_tensor * sinks,
-                          float   kq_scale,
-                            int   il);
+                    ggml_tensor *  q,
+                    ggml_tensor *  k,
+                    ggml_tensor *  v,
+                    ggml_tensor *  kq_mask,
+                    ggml_tensor *& sinks,
+                          float    kq_scale,
+                            int    il);
 
     // throws if there is nothing to prune by, or the params are off
     void check(const llama_csp_params & params);
 
+    // score and choose
+    pruning plan(const llama_csp_params & params);
+
     void prune(const llama_csp_params & params);
+
+    // what is known once the cache was compacted
+    void set_index(const pruning & plan, const llama_csp_params & params);
 
     // the cells of the pruned part are no longer in the cache: forget it
     bool is_index_gone() const;
@@ -171,10 +299,11 @@ struct llama_csp {
     // the first position that a token of a true cell can have
     llama_pos pos_true() const;
 
-    void clear_inspection();
+    // [n_head_kv] without scores
+    std::vector<head_cells> get_heads(const layer & l, const cell_list & cells) const;
 
-    // the token in cell i
-    uint32_t get_token(const layer & l, const cell_list & cells, uint32_t h, uint32_t i) const;
+    void inspect(layer & l, const cell_list & cells, const std::vector<head_cells> & heads);
+    void clear_inspection();
 
     // the graphs that were built with another state of ours must not be reused
     void reset_graphs();
@@ -182,20 +311,36 @@ struct llama_csp {
     // plan the graphs of the context again, as llama_context::memory_update() does after running one of its own
     void reserve();
 
-    // index of the pruned part of the sequence: layer.kept tells the tokens in cells [0, n_chosen) of the cache,
-    // and the tokens from n_base on are in cells of their own
-    uint32_t  n_chosen   =  0;
-    uint32_t  n_base     =  0;
-    llama_pos pos_chosen = -1; // of the chosen cells
-
-    // all tokens of the sequence when it was last pruned
-    std::vector<llama_pos> pos;
-    std::vector<int8_t>    modality;
-
-    std::vector<llama_pos> window_pos;
-    std::vector<int8_t>    window_modality;
+    seq_index index;
 
     llama_csp_stats stats = {};
+};
+
+// the cache and what we know of it, on the host
+struct llama_csp_snapshot {
+    struct cache {
+        llama_kv_cells cells;
+        uint32_t       head;
+
+        std::vector<std::vector<uint8_t>> rows; // of the cells in use, K and V of every layer
+    };
+
+    std::vector<cache> caches;
+
+    llama_csp::seq_index index;
+    llama_csp_stats      stats;
+
+    std::vector<llama_csp::layer_index> layers;
+
+    const llama_model * model;
+
+    // the observed queries
+    uint32_t n_window;
+    uint32_t n_observed;
+    uint32_t i_row;
+
+    std::vector<llama_csp::query>     window;
+    std::vector<std::vector<uint8_t>> q;
 };
 
 // the logit of a sink that takes no attention. -inf would turn into NaN where two of them are compared
@@ -205,7 +350,7 @@ static constexpr float CSP_SINK_EMPTY = -1e30f;
 struct csp_graph {
     csp_graph(llama_context & lctx);
 
-    ggml_tensor * new_input(ggml_type type, int64_t ne0, int64_t ne1);
+    ggml_tensor * new_input(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1);
 
     void alloc();
     void compute();

@@ -1,5 +1,7 @@
 #include "csp.h"
 
+#include "llama-csp-policies.h"
+
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
@@ -26,8 +28,8 @@ csp_graph::csp_graph(llama_context & lctx) : lctx(lctx) {
     gf   = res->get_gf();
 }
 
-ggml_tensor * csp_graph::new_input(ggml_type type, int64_t ne0, int64_t ne1) {
-    ggml_tensor * res = ggml_new_tensor_2d(ctx0, type, ne0, ne1);
+ggml_tensor * csp_graph::new_input(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2) {
+    ggml_tensor * res = ggml_new_tensor_3d(ctx0, type, ne0, ne1, ne2);
 
     ggml_set_input(res);
 
@@ -70,7 +72,7 @@ llama_csp::bufs_t csp_alloc(
     for (auto & [buft, ctx] : ctxs) {
         ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
         if (!buf) {
-            throw std::runtime_error("no memory for the queries and sinks of a window");
+            throw std::runtime_error("no memory for the queries, sinks and masks of the layers");
         }
 
         res.emplace_back(std::move(ctx), std::move(buf));
@@ -198,17 +200,38 @@ void llama_csp::reserve() {
     }
 }
 
+// has the graph built anew, without our sinks and masks, once the sequence is gone for which they stood
+class llm_graph_input_csp_index : public llm_graph_input_i {
+public:
+    llm_graph_input_csp_index(const llama_csp * csp) : csp(csp) {}
+    virtual ~llm_graph_input_csp_index() = default;
+
+    void set_input(const llama_ubatch * ubatch) override {
+        GGML_UNUSED(ubatch);
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        GGML_UNUSED(params);
+
+        return !csp->is_index_gone();
+    }
+
+    const llama_csp * csp;
+};
+
 ggml_tensor * llama_csp::build_attn(
         const llm_graph_context & graph,
-                ggml_tensor * q,
-                ggml_tensor * k,
-                ggml_tensor * sinks,
-                      float   kq_scale,
-                        int   il) {
+                ggml_tensor *  q,
+                ggml_tensor *  k,
+                ggml_tensor *  v,
+                ggml_tensor *  kq_mask,
+                ggml_tensor *& sinks,
+                      float    kq_scale,
+                        int    il) {
     const auto it = std::find_if(layers.begin(), layers.end(), [k](const layer & l) { return l.k == k->view_src; });
 
     if (it == layers.end()) {
-        return sinks;
+        return nullptr;
     }
 
     // other layers may reuse the cache of this one: its own queries score
@@ -220,28 +243,32 @@ ggml_tensor * llama_csp::build_attn(
 
     update_index();
 
-    return use_sinks && q->ne[1] == it->n_head ? build_sinks(graph, *it, sinks) : sinks;
-}
+    if ((index.use_sinks || index.is_ragged) && !csp_find_input<llm_graph_input_csp_index>(graph)) {
+        graph.res->add_input(std::make_unique<llm_graph_input_csp_index>(this));
+    }
 
-uint32_t llama_csp::get_token(const layer & l, const cell_list & cells, uint32_t h, uint32_t i) const {
-    return i < cells.n_chosen ? l.kept[h*stats.n_kept + i] : n_base + i - cells.n_chosen;
+    if (index.use_sinks && q->ne[1] == it->n_head) {
+        sinks = build_sinks(graph, *it, sinks);
+    }
+
+    return index.is_ragged ? build_ragged_attn(graph, *it, q, k, v, kq_mask, sinks, kq_scale) : nullptr;
 }
 
 bool llama_csp::is_index_gone() const {
     const auto & cells = kv.v_cells[0];
 
-    if (n_base == 0 || cells.get_used() == 0) {
+    if (index.n_base == 0 || cells.get_used() == 0) {
         return true;
     }
 
-    for (uint32_t i = 0; i < n_chosen; ++i) {
-        if (cells.is_empty(i) || cells.pos_get(i) != pos_chosen) {
+    for (uint32_t i = 0; i < index.n_chosen; ++i) {
+        if (cells.is_empty(i) || cells.pos_get(i) != index.pos_chosen) {
             return true;
         }
     }
 
     // without chosen cells the sequence begins after the evicted ones
-    return n_chosen == 0 && cells.seq_pos_min(0) < pos_true();
+    return index.n_chosen == 0 && cells.seq_pos_min(0) < pos_true();
 }
 
 void llama_csp::update_index() {
@@ -249,29 +276,70 @@ void llama_csp::update_index() {
         return;
     }
 
-    n_chosen   =  0;
-    n_base     =  0;
-    pos_chosen = -1;
+    index.n_chosen   =  0;
+    index.n_base     =  0;
+    index.pos_chosen = -1;
 
-    use_sinks = false;
+    index.use_sinks = false;
+    index.is_ragged = false;
 
     for (auto & l : layers) {
-        l.mass_data.clear();
+        l.index.mass.clear();
     }
 }
 
 llama_pos llama_csp::pos_true() const {
     // the parts of one picture can share a position
-    return kv.hparams.n_pos_per_embd() > 1 ? pos_chosen : pos_chosen + 1;
+    return kv.hparams.n_pos_per_embd() > 1 ? index.pos_chosen : index.pos_chosen + 1;
+}
+
+std::vector<llama_csp::head_cells> llama_csp::get_heads(const layer & l, const cell_list & cells) const {
+    std::vector<head_cells> res(l.n_head_kv);
+
+    for (uint32_t h = 0; h < l.n_head_kv; ++h) {
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            if (i >= cells.n_chosen) {
+                res[h].token   .push_back(index.n_base + i - cells.n_chosen);
+                res[h].modality.push_back(csp_modality(cells.ext[i]));
+            } else if (i < l.index.n_chosen[h]) {
+                res[h].token   .push_back(l.index.kept[size_t(h)*index.n_kept + i]);
+                res[h].modality.push_back(index.modality[res[h].token.back()]);
+            } else {
+                continue;
+            }
+
+            res[h].cells.push_back(i);
+        }
+    }
+
+    return res;
+}
+
+template<typename T>
+static void csp_append(std::vector<T> & dst, const std::vector<T> & row, size_t n) {
+    dst.insert(dst.end(), row.begin(), row.end());
+    dst.resize(dst.size() + n - row.size());
+}
+
+void llama_csp::inspect(layer & l, const cell_list & cells, const std::vector<head_cells> & heads) {
+    for (const auto & head : heads) {
+        l.n_cells_data.push_back(head.size());
+
+        csp_append(l.token_data, head.token, cells.size());
+        csp_append(l.self_data,  head.self,  cells.size());
+        csp_append(l.cross_data, head.cross, cells.size());
+        csp_append(l.k_data,     head.k,     size_t(cells.size())*l.n_embd_head_k);
+    }
 }
 
 void llama_csp::clear_inspection() {
     for (auto & l : layers) {
-        l.token_data.clear();
-        l.q_data    .clear();
-        l.k_data    .clear();
-        l.self_data .clear();
-        l.cross_data.clear();
+        l.n_cells_data.clear();
+        l.token_data  .clear();
+        l.q_data      .clear();
+        l.k_data      .clear();
+        l.self_data   .clear();
+        l.cross_data  .clear();
     }
 }
 
@@ -281,9 +349,6 @@ void llama_csp::check(const llama_csp_params & params) {
     }
     if (params.recent > params.budget) {
         throw std::invalid_argument(format("recent = %u is larger than budget = %u", params.recent, params.budget));
-    }
-    if (!(params.cross_ratio <= 1.0)) {
-        throw std::invalid_argument(format("cross_ratio = %g is above 1", params.cross_ratio));
     }
     if (!(params.n_score >= 0.0f) || std::isinf(params.n_score)) {
         throw std::invalid_argument(format("n_score = %g is not a finite number from 0 on", params.n_score));
@@ -310,7 +375,7 @@ void llama_csp::check(const llama_csp_params & params) {
     // head another part of what they saw is gone
     take_back(pos_max + 1, {});
 
-    if (n_base > 0) {
+    if (index.n_base > 0) {
         drop_before(pos_true());
     }
 
@@ -324,68 +389,84 @@ void llama_csp::check(const llama_csp_params & params) {
     }
 }
 
+llama_csp::pruning llama_csp::plan(const llama_csp_params & params) {
+    pruning res;
+
+    res.cells = get_cells();
+    res.rows  = window_rows(params.window > 0 ? std::min(params.window, n_observed) : n_observed);
+
+    const uint32_t n_cells = res.cells.size();
+
+    res.n_true = std::min(params.recent, n_cells - res.cells.n_chosen);
+
+    for (size_t il = 0; il < layers.size(); ++il) {
+        auto & l = layers[il];
+
+        auto heads = get_heads(l, res.cells);
+
+        const bool is_within = std::all_of(heads.begin(), heads.end(), [&](const head_cells & head) { return head.size() <= params.budget; });
+
+        const int64_t t_start_us = ggml_time_us();
+
+        if (!is_within || params.inspect) {
+            score(l, res.cells, res.rows, params, heads);
+        }
+        if (params.inspect) {
+            inspect(l, res.cells, heads);
+        }
+
+        const int64_t t_scored_us = ggml_time_us();
+
+        const auto & choice = res.choices.emplace_back(choose(il, heads, params));
+
+        const int64_t t_selected_us = ggml_time_us();
+
+        if (!is_within && params.sink == LLAMA_CSP_SINK_MASS) {
+            res.masses.push_back(measure(l, res.cells, res.rows, params, heads, choice));
+        } else {
+            res.masses.emplace_back(l.n_head, CSP_SINK_EMPTY);
+        }
+
+        res.t_score_us  += t_scored_us - t_start_us + ggml_time_us() - t_selected_us;
+        res.t_select_us += t_selected_us - t_scored_us;
+
+        for (uint32_t h = 0; h < l.n_head_kv; ++h) {
+            const auto & kept = choice[h].kept;
+
+            res.is_evicting = res.is_evicting || kept.size() < heads[h].size();
+            res.is_ragged   = res.is_ragged   || kept.size() != res.choices[0][0].kept.size();
+
+            res.n_kept = std::max<uint32_t>(res.n_kept, kept.size());
+
+            uint32_t n_last = 0;
+            while (n_last < std::min<uint32_t>(res.n_true, kept.size()) && kept[kept.size() - n_last - 1] == n_cells - n_last - 1) {
+                n_last++;
+            }
+            res.n_true = n_last;
+        }
+    }
+
+    return res;
+}
+
 void llama_csp::prune(const llama_csp_params & params) {
     ctx.synchronize();
     reset_graphs();
     clear_inspection();
 
-    const auto cells = get_cells();
-
-    const uint32_t n_cells = cells.size();
-    const uint32_t n_kept  = std::min(n_cells, params.budget);
-    const uint32_t n_true  = std::min(params.recent, n_cells - n_chosen);
-
-    int64_t t_score_us   = 0;
-    int64_t t_select_us  = 0;
-
-    std::vector<std::vector<uint32_t>> kept (layers.size()); // [n_head_kv][n_kept] indices into cells
-    std::vector<std::vector<float>>    sinks(layers.size()); // [n_head]
-
-    for (size_t il = 0; il < layers.size(); ++il) {
-        auto & l = layers[il];
-
-        kept[il].resize(size_t(l.n_head_kv)*n_kept);
-
-        if (n_kept == n_cells && !params.inspect) {
-            for (size_t i = 0; i < kept[il].size(); ++i) {
-                kept[il][i] = i%n_cells;
-            }
-            continue;
-        }
-
-        const int64_t t_start_us = ggml_time_us();
-
-        const auto scores = score(l, cells, params);
-
-        const int64_t t_scored_us = ggml_time_us();
-
-        for (uint32_t h = 0; h < l.n_head_kv; ++h) {
-            const auto & cur = scores[h];
-
-            llama_csp_select(cur.self.data(), cur.cross.data(), n_cells, params.budget, params.recent, params.cross_ratio, kept[il].data() + size_t(h)*n_kept);
-
-            if (params.inspect) {
-                l.self_data .insert(l.self_data .end(), cur.self .begin(), cur.self .end());
-                l.cross_data.insert(l.cross_data.end(), cur.cross.begin(), cur.cross.end());
-            }
-        }
-
-        const int64_t t_selected_us = ggml_time_us();
-
-        if (n_kept < n_cells && params.sink == LLAMA_CSP_SINK_MASS) {
-            sinks[il] = measure(l, cells, params.n_score, kept[il]);
-        }
-
-        t_score_us  += t_scored_us - t_start_us + ggml_time_us() - t_selected_us;
-        t_select_us += t_selected_us - t_scored_us;
-    }
+    const auto cur = plan(params);
 
     const int64_t t_start_us = ggml_time_us();
 
-    if (n_kept < n_cells) {
+    if (cur.is_evicting) {
+        if (cur.is_ragged) {
+            alloc_pad();
+        }
+
         try {
             for (size_t il = 0; il < layers.size(); ++il) {
-                compact(layers[il], cells, kept[il]);
+                merge  (layers[il], cur.cells, cur.choices[il]);
+                compact(layers[il], cur.cells, cur.choices[il], cur.n_kept, cur.n_true);
             }
         } catch (...) {
             ctx.get_memory()->clear(false);
@@ -395,74 +476,95 @@ void llama_csp::prune(const llama_csp_params & params) {
         }
     }
 
+    set_index(cur, params);
+
+    stats = {
+        /*.n_layer         =*/ (uint32_t) layers.size(),
+        /*.n_cells         =*/ cur.cells.size(),
+        /*.n_kept          =*/ cur.n_kept,
+        /*.n_recent        =*/ cur.is_evicting ? cur.n_true : cur.cells.size() - cur.cells.n_chosen,
+        /*.n_tokens        =*/ (uint32_t) index.pos.size(),
+        /*.n_window        =*/ (uint32_t) cur.rows.size(),
+        /*.pos             =*/ nullptr,
+        /*.modality        =*/ nullptr,
+        /*.window_pos      =*/ nullptr,
+        /*.window_modality =*/ nullptr,
+        /*.t_score_us      =*/ cur.t_score_us,
+        /*.t_select_us     =*/ cur.t_select_us,
+        /*.t_compact_us    =*/ ggml_time_us() - t_start_us,
+    };
+}
+
+void llama_csp::set_index(const pruning & plan, const llama_csp_params & params) {
+    const auto & cells = plan.cells;
+
     for (size_t il = 0; il < layers.size(); ++il) {
         auto & l = layers[il];
 
-        // to tokens
-        auto tokens = std::move(kept[il]);
+        std::vector<uint32_t> tokens;
 
         for (uint32_t h = 0; h < l.n_head_kv; ++h) {
-            for (uint32_t i = 0; i < n_kept; ++i) {
-                auto & cur = tokens[size_t(h)*n_kept + i];
-
-                cur = get_token(l, cells, h, cur);
+            for (const auto i : plan.choices[il][h].kept) {
+                tokens.push_back(i < cells.n_chosen ? l.index.kept[size_t(h)*index.n_kept + i] : index.n_base + i - cells.n_chosen);
             }
 
-            for (uint32_t i = 0; params.inspect && i < n_cells; ++i) {
-                l.token_data.push_back(get_token(l, cells, h, i));
-            }
+            tokens.resize(size_t(h + 1)*plan.n_kept);
         }
 
-        l.kept = std::move(tokens);
+        l.index.kept = std::move(tokens);
+
+        l.index.n_kept.clear();
+        for (const auto & cur : plan.choices[il]) {
+            l.index.n_kept.push_back(cur.kept.size());
+        }
     }
+
+    index.n_kept = plan.n_kept;
 
     // tokens from n_base on are known by their cells
-    pos     .resize(n_base);
-    modality.resize(n_base);
+    index.pos     .resize(index.n_base);
+    index.modality.resize(index.n_base);
 
-    for (uint32_t i = n_chosen; i < n_cells; ++i) {
-        pos     .push_back(cells.pos[i]);
-        modality.push_back(csp_modality(cells.ext[i]));
+    for (uint32_t i = cells.n_chosen; i < cells.size(); ++i) {
+        index.pos     .push_back(cells.pos[i]);
+        index.modality.push_back(csp_modality(cells.ext[i]));
     }
 
-    window_pos     .clear();
-    window_modality.clear();
+    index.window_pos     .clear();
+    index.window_modality.clear();
 
-    for (const auto i : window_rows()) {
-        window_pos     .push_back(window[i].pos);
-        window_modality.push_back(window[i].modality);
+    for (const auto i : plan.rows) {
+        index.window_pos     .push_back(window[i].pos);
+        index.window_modality.push_back(window[i].modality);
     }
 
-    stats.n_kept = n_kept;
+    if (!plan.is_evicting) {
+        return;
+    }
 
-    if (n_kept < n_cells) {
-        set_cells(cells, n_kept, n_true);
+    set_cells(cells, plan.n_kept, plan.n_true);
 
-        n_chosen   = n_kept - n_true;
-        n_base     = pos.size() - n_true;
-        pos_chosen = cells.pos[n_cells - n_true - 1];
+    index.n_chosen   = plan.n_kept - plan.n_true;
+    index.n_base     = index.pos.size() - plan.n_true;
+    index.pos_chosen = cells.pos[cells.size() - plan.n_true - 1];
 
-        for (size_t il = 0; il < layers.size(); ++il) {
-            set_sinks(layers[il], params, sinks[il]);
+    index.use_sinks = params.sink != LLAMA_CSP_SINK_NONE;
+    index.is_ragged = plan.is_ragged;
+
+    for (size_t il = 0; il < layers.size(); ++il) {
+        auto & l = layers[il];
+
+        l.index.n_chosen.clear();
+        for (const auto & cur : plan.choices[il]) {
+            l.index.n_chosen.push_back(cur.kept.size() - plan.n_true);
         }
 
-        use_sinks = params.sink != LLAMA_CSP_SINK_NONE;
+        if (index.is_ragged) {
+            set_pad(l);
+        }
+
+        set_sinks(l, params, plan.masses[il]);
     }
-
-    stats.n_layer  = layers.size();
-    stats.n_cells  = n_cells;
-    stats.n_tokens = pos.size();
-    stats.n_window = n_observed;
-
-    stats.pos      = pos.data();
-    stats.modality = modality.data();
-
-    stats.window_pos      = window_pos.data();
-    stats.window_modality = window_modality.data();
-
-    stats.t_score_us   = t_score_us;
-    stats.t_select_us  = t_select_us;
-    stats.t_compact_us = ggml_time_us() - t_start_us;
 }
 
 //
@@ -489,13 +591,16 @@ static bool csp_try(F && f) {
 
 llama_csp_params llama_csp_default_params(void) {
     return {
-        /*.budget      =*/ 0,
-        /*.recent      =*/ 0,
-        /*.cross_ratio =*/ -1.0,
-        /*.n_score     =*/ 1.0f,
-        /*.n_decode    =*/ 1.0f,
-        /*.sink        =*/ LLAMA_CSP_SINK_NONE,
-        /*.inspect     =*/ false,
+        /*.budget          =*/ 0,
+        /*.recent          =*/ 0,
+        /*.window          =*/ 0,
+        /*.n_score         =*/ 1.0f,
+        /*.n_decode        =*/ 1.0f,
+        /*.sink            =*/ LLAMA_CSP_SINK_NONE,
+        /*.policy          =*/ nullptr,
+        /*.policy_settings =*/ nullptr,
+        /*.keys            =*/ false,
+        /*.inspect         =*/ false,
     };
 }
 
@@ -520,6 +625,10 @@ bool llama_csp_observe(llama_csp * csp, uint32_t n_window) {
 }
 
 bool llama_csp_prune(llama_csp * csp, llama_csp_params params) {
+    if (!params.policy) {
+        params.policy = llama_csp_policy_csp;
+    }
+
     if (!csp_try([&] { csp->check(params); })) {
         return false;
     }
@@ -540,8 +649,32 @@ bool llama_csp_prune(llama_csp * csp, llama_csp_params params) {
     return res;
 }
 
+llama_csp_snapshot * llama_csp_take_snapshot(llama_csp * csp) {
+    llama_csp_snapshot * res = nullptr;
+
+    csp_try([&] { res = csp->take_snapshot(); });
+
+    return res;
+}
+
+bool llama_csp_restore(llama_csp * csp, const llama_csp_snapshot * snapshot) {
+    return csp_try([&] { csp->restore(*snapshot); });
+}
+
+void llama_csp_free_snapshot(llama_csp_snapshot * snapshot) {
+    delete snapshot;
+}
+
 llama_csp_stats llama_csp_get_stats(const llama_csp * csp) {
-    return csp->stats;
+    llama_csp_stats res = csp->stats;
+
+    res.pos      = csp->index.pos.data();
+    res.modality = csp->index.modality.data();
+
+    res.window_pos      = csp->index.window_pos.data();
+    res.window_modality = csp->index.window_modality.data();
+
+    return res;
 }
 
 llama_csp_layer llama_csp_get_layer(const llama_csp * csp, uint32_t i) {
@@ -557,8 +690,10 @@ llama_csp_layer llama_csp_get_layer(const llama_csp * csp, uint32_t i) {
         /*.n_head_kv     =*/ l.n_head_kv,
         /*.n_embd_head_k =*/ l.n_embd_head_k,
         /*.kq_scale      =*/ l.kq_scale,
-        /*.kept          =*/ data(l.kept),
-        /*.sink          =*/ csp->use_sinks ? data(l.sink_data) : nullptr,
+        /*.n_kept        =*/ data(l.index.n_kept),
+        /*.kept          =*/ data(l.index.kept),
+        /*.sink          =*/ csp->index.use_sinks ? data(l.index.sink) : nullptr,
+        /*.n_cells       =*/ data(l.n_cells_data),
         /*.token         =*/ data(l.token_data),
         /*.q             =*/ data(l.q_data),
         /*.k             =*/ data(l.k_data),

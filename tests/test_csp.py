@@ -3,6 +3,7 @@
 Driven through llama.h and llama-csp.h, without the engine.
 """
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -28,21 +29,28 @@ def view(pointer, *shape):
 
 
 class Layer:
-    """llama_csp_layer as arrays."""
+    """llama_csp_layer as arrays: of [n_head_kv] rows if those are of one length, else tuples."""
 
     def __init__(self, csp, i):
         stats, layer = native.csp_get_stats(csp), native.csp_get_layer(csp, i)
         heads, cells, dim = layer.n_head_kv, stats.n_cells, layer.n_embd_head_k
         self.scale = layer.kq_scale
         self.n_head_kv = heads
-        self.kept = view(layer.kept, heads, stats.n_kept)
+        self.kept = rows(view(layer.kept, heads, stats.n_kept), view(layer.n_kept, heads))
         self.sink = view(layer.sink, layer.n_head) if layer.sink else None
         if layer.q:
-            self.token = view(layer.token, heads, cells)
+            n_cells = view(layer.n_cells, heads)
+            self.token = rows(view(layer.token, heads, cells), n_cells)
             self.q = view(layer.q, stats.n_window, layer.n_head, dim).astype(np.float64)
-            self.k = view(layer.k, cells, heads, dim).astype(np.float64)
-            self.self = view(layer.self, heads, cells)
-            self.cross = view(layer.cross, heads, cells)
+            k = rows(view(layer.k, heads, cells, dim).astype(np.float64), n_cells)
+            self.k = k.swapaxes(0, 1) if isinstance(k, np.ndarray) else k
+            self.self = rows(view(layer.self, heads, cells), n_cells)
+            self.cross = rows(view(layer.cross, heads, cells), n_cells)
+
+
+def rows(array, lengths):
+    heads = tuple(row[:n] for row, n in zip(array, lengths, strict=True))
+    return np.stack(heads) if len(set(lengths)) == 1 else heads
 
 
 class Pruned(plain_llama.Plain):
@@ -58,17 +66,18 @@ class Pruned(plain_llama.Plain):
     def observe(self, n_window):
         assert native.csp_observe(self.csp, n_window)
 
-    def prune(
-        self, budget, recent, ratio=None, inspect=True, n_score=1.0, n_decode=None, mass=False
-    ):
+    def prune(self, budget, recent, ratio=None, n_score=1.0, n_decode=None, mass=False, **changes):
         params = native.csp_default_params()
-        params.budget, params.recent, params.inspect = budget, recent, inspect
-        params.cross_ratio = -1.0 if ratio is None else ratio
+        params.budget, params.recent, params.inspect = budget, recent, True
+        settings = (ctypes.c_double * 2)(-1.0 if ratio is None else ratio, 0.0)
+        params.policy_settings = ctypes.addressof(settings)
         params.n_score = n_score
         if n_decode is not None:
             params.sink, params.n_decode = native.SINK_FIXED, n_decode
         if mass:
             params.sink = native.SINK_MASS
+        for name, value in changes.items():
+            setattr(params, name, value)
         assert native.csp_prune(self.csp, params), native.csp_last_error()
         self.stats = native.csp_get_stats(self.csp)
         return [Layer(self.csp, i) for i in range(self.stats.n_layer)]
@@ -506,8 +515,6 @@ def test_keys_keep_their_positions_and_decoding_goes_on_at_the_next_one(demo_pat
     [
         ({"budget": 0}, "budget = 0"),
         ({"recent": 41}, "recent = 41"),
-        ({"cross_ratio": 1.5}, "cross_ratio = 1.5"),
-        ({"cross_ratio": float("nan")}, "cross_ratio = nan"),
         ({"n_score": -1}, "n_score = -1"),
         ({"n_score": float("inf")}, "n_score = inf"),
         ({"sink": native.SINK_FIXED, "n_decode": 0}, "n_decode = 0"),

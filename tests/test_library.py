@@ -63,9 +63,11 @@ def test_llama_cpp_with_other_libraries_is_refused(tmp_path):
 @pytest.fixture
 def bare_package(tmp_path):
     """The package without its libraries."""
-    for file in Path(csp_edge.__file__).parent.glob("*.py"):
-        (tmp_path / "csp_edge").mkdir(exist_ok=True)
-        shutil.copy(file, tmp_path / "csp_edge")
+    package = Path(csp_edge.__file__).parent
+    for file in package.rglob("*.py"):
+        copy = tmp_path / "csp_edge" / file.relative_to(package)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
     return tmp_path
 
 
@@ -103,7 +105,7 @@ def test_what_llama_cpp_says_goes_to_logging(caplog, demo_paths):
 
 def test_the_declarations_are_those_of_the_header():
     params = native.csp_default_params()
-    assert params.cross_ratio < 0
+    assert not params.policy
     assert params.n_score == 1
     assert params.sink == native.SINK_NONE
     assert not params.inspect

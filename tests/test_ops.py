@@ -22,9 +22,18 @@ NEEDED = {
     "tanh": ("TANH", [r"type=f32,.*v=0"]),
     "softplus": ("SOFTPLUS", [r"type=f32,.*v=0"]),
     "sub": ("SUB", [r"type=f32,.*nr=\[1,1,1,1\]"]),
-    "add": ("ADD", [r"type=f32,.*nr=\[1,1,1,1\]"]),
+    # the mask of the padding, for all tokens and query heads of a KV head
+    "add": ("ADD", [r"type=f32,.*nr=\[1,1,1,1\]", r"type=f32,.*nr=\[1,2,1,1\]"]),
+    "repeat_4d": ("REPEAT", [r"type=f32,.*nr=\[1,1,1,2\]"]),
+    "cast": ("CPY", [r"type_src=f16,type_dst=f32", r"type_src=f32,type_dst=f16"]),
+    # every KV head as a sequence of its own
+    "flash_attn_ext": (
+        "FLASH_ATTN_EXT",
+        [rf"nr23=\[4,[2-9]\],.*mask=1,.*type_(KV|K)={t}" for t in ("f16", "q8_0", "q4_0")],
+    ),
 }
-VIEWS = {"view_2d", "view_3d", "reshape_3d", "permute", "new_tensor_1d", "new_tensor_2d"}
+VIEWS = {"view_2d", "view_3d", "view_4d", "reshape_2d", "reshape_3d", "permute"}
+VIEWS |= {"new_tensor_1d", "new_tensor_3d"}
 
 
 def test_the_table_of_needed_ops_is_that_of_the_code():

@@ -19,6 +19,7 @@ from csp_edge.errors import (
     OptionError,
     PromptError,
 )
+from csp_edge.policies import POLICIES, Policy, policy
 from small_gguf import MMPROJ, MODEL, copy
 
 FRANCE = "What is the capital of France? Answer in one sentence."
@@ -329,8 +330,8 @@ def test_pruning_to_a_budget(pruned, scenes):
     assert cache.cells_before == result.usage.prompt_tokens == 170
     assert cache.cells_after == 34
     assert cache.bytes_after * 5 == cache.bytes_before
-    assert [kept.shape for kept in cache.kept] == [(2, 34)] * 6
-    for kept in cache.kept:
+    assert np.shape(cache.kept) == (6, 2, 34)
+    for kept in map(np.stack, cache.kept):
         assert (np.diff(kept.astype(int), axis=1) > 0).all()
         assert (kept[:, -16:] == np.arange(154, 170)).all()  # the recent ones
     assert result.timings.prune_s > 0
@@ -373,6 +374,48 @@ def test_a_second_turn_over_a_pruned_cache(pruned, scenes):
         for old, new in zip(before, after, strict=True):
             assert set(new[new < first.usage.prompt_tokens]) <= set(old)
     assert pruned.engine.n_past == second.usage.prompt_tokens + second.usage.completion_tokens
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_two_turns_over_every_policy(name, scenes):
+    with small(cache=policy(name, budget=40) if name != "full" else Full()) as vlm:
+        messages = [user(STAR, scenes[:4])]
+        for question in (MOON, CROSS):
+            first = vlm.chat(messages)
+            messages += [assistant(first.text), user(question)]
+        second = vlm.chat(messages, max_tokens=4)
+        assert second.usage.cached_tokens > 36 * 4
+        if name == "full":
+            assert second.cache.cells_after == second.usage.prompt_tokens
+            return
+        kept = [len(head) for layer in second.cache.kept for head in layer]
+        assert second.cache.cells_after == max(kept) < 80
+        assert (len(set(kept)) > 1) == (name in ("pyramid", "adakv"))
+        # a head's share of what it keeps, whatever its budget
+        shares = np.concatenate([share.ravel() for share in second.cache.patches()])
+        pictures = second.cache.pruning.modality == 1
+        heads = [head for layer in second.cache.kept for head in layer]
+        assert shares.sum() == pytest.approx(sum(pictures[head].sum() for head in heads) / 12)
+
+
+def test_a_policy_of_ones_own(scenes):
+    class Last(Policy):
+        def select(self, layer):
+            n_heads, n_cells = layer.token.shape
+            return [np.arange(n_cells - layer.budget + 3 * h, n_cells) for h in range(n_heads)]
+
+    with small(cache=Last(40)) as vlm:
+        messages = [user(STAR, scenes[:4])]
+        # the second time it is asked for each head by itself, as they hold differently many cells
+        for second in (37, 40):
+            answer = vlm.chat(messages, max_tokens=4)
+            n = answer.usage.prompt_tokens
+            for layer in answer.cache.kept:
+                assert [head.tolist() for head in layer] == [
+                    [*range(n - 40, n)],
+                    [*range(n - second, n)],
+                ]
+            messages += [assistant(answer.text), user(MOON)]
 
 
 def test_new_pictures_in_a_second_turn(pruned, scenes):
@@ -482,8 +525,8 @@ def test_the_engine_prunes_inspects_and_steps_back(demo_paths, scenes):
     layer = pruning.layers[0]
     n = prompt.n_tokens
     assert layer.q.shape == (16, 4, 64)
-    assert layer.k.shape == (n, 2, 64)
-    assert layer.self_.shape == layer.cross.shape == layer.token.shape == (2, n)
+    assert np.shape(layer.k) == (2, n, 64)
+    assert np.shape(layer.self_) == np.shape(layer.cross) == np.shape(layer.token) == (2, n)
     assert (engine.n_tokens, engine.n_cells, engine.n_past) == (n, 30, n)
     # the last token once more, over the pruned cache
     assert engine.cut(len(engine.items) - 1)

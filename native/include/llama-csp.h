@@ -1,6 +1,7 @@
 #pragma once
 
 #include "llama.h"
+#include "llama-csp-policy.h"
 
 // Cross-Self Pruning (CSP, arXiv 2412.04652) of a context's KV cache
 //
@@ -19,16 +20,20 @@
 //   llama_csp_free(csp);                       // before llama_free(ctx)
 //
 // Cells: after pruning, cell i of a layer holds another token in every KV head. All chosen cells carry the position of
-// the newest token that could have been evicted, the recent ones and so the last one their own. So a pruned part of a
-// sequence can be kept, or dropped as a whole, but not cut: llama_memory_seq_rm() up to the recent cells is fine, and
-// from further below drops every chosen cell. A token decoded there starts a new index. Shifting the positions of a
-// pruned sequence is not supported.
+// the newest token that could have been evicted, the recent ones and so the last one their own, as long as every head
+// keeps them. So a pruned part of a sequence can be kept, or dropped as a whole, but not cut: llama_memory_seq_rm() up
+// to the recent cells is fine, and from further below drops every chosen cell. A token decoded there starts a new
+// index. Shifting the positions of a pruned sequence is not supported.
+//
+// Budgets: a policy may keep differently many cells in every layer and head. The cache then has as many cells as the
+// largest of them needs. In the others the rest is padding, which attention does not see: that saves no memory.
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
     struct llama_csp;
+    struct llama_csp_snapshot;
 
     enum llama_csp_modality {
         LLAMA_CSP_MODALITY_TEXT  = 0, // came in as a token
@@ -43,23 +48,27 @@ extern "C" {
     };
 
     struct llama_csp_params {
-        uint32_t budget;      // B, cells that every KV head keeps, recent ones included
-        uint32_t recent;      // R, the last cells, always kept [R <= B]
-        double   cross_ratio; // r in [0, 1], the share of the chosen cells drawn by cross score
-                              // < 0: per layer and head, the cross share of the scores of the cells to choose from
-        float    n_score;     // n of the scoring softmax [n >= 0]
-        float    n_decode;    // n for LLAMA_CSP_SINK_FIXED [n > 0]
+        uint32_t budget;   // B, cells that every KV head keeps, or on average, recent ones included
+        uint32_t recent;   // R, the last cells, which policies always keep [R <= B]
+        uint32_t window;   // W, the newest observed queries that score. 0: all
+        float    n_score;  // n of the scoring softmax [n >= 0]
+        float    n_decode; // n for LLAMA_CSP_SINK_FIXED [n > 0]
 
         enum llama_csp_sink sink;
 
-        bool inspect;         // keep queries, keys and scores for llama_csp_get_layer()
+        llama_csp_policy policy;          // see llama-csp-policies.h. NULL: llama_csp_policy_csp()
+        const void *     policy_settings; // of the policy's own kind
+
+        bool keys;    // the policy asks for keys
+        bool inspect; // keep queries, keys and scores for llama_csp_get_layer()
     };
 
     // what the last llama_csp_prune() saw and did. pointers stay valid until the next call that takes the csp
     struct llama_csp_stats {
         uint32_t n_layer;  // pruned layers: those with full attention and a KV cache of their own
         uint32_t n_cells;  // N, cells scored
-        uint32_t n_kept;   // cells kept
+        uint32_t n_kept;   // cells kept: of the head that keeps most
+        uint32_t n_recent; // of them the last, with the same token in every head: what llama_memory_seq_rm() can take
         uint32_t n_tokens; // tokens of the sequence so far, evicted ones included
         uint32_t n_window; // W, queries that scored
 
@@ -82,16 +91,18 @@ extern "C" {
         uint32_t n_embd_head_k;
         float    kq_scale;
 
-        const uint32_t * kept; // [n_head_kv][n_kept] the token in each cell, ascending
-        const float    * sink; // [n_head] logits, NULL: none
+        const uint32_t * n_kept; // [n_head_kv]
+        const uint32_t * kept;   // [n_head_kv][stats.n_kept] the token in each cell, ascending: the first n_kept[h] of each row
+        const float    * sink;   // [n_head] logits, NULL: none
 
         // NULL unless llama_csp_params.inspect. q and k as attention sees them: after RoPE, and of a quantized cache
-        // after the rotation that spreads outliers
-        const uint32_t * token; // [n_head_kv][n_cells] the token in each cell, before
-        const float    * q;     // [n_window][n_head][n_embd_head_k]
-        const float    * k;     // [n_cells][n_head_kv][n_embd_head_k]
-        const float    * self;  // [n_head_kv][n_cells]
-        const float    * cross; // [n_head_kv][n_cells]
+        // after the rotation that spreads outliers. of every head's row the first n_cells[h]
+        const uint32_t * n_cells; // [n_head_kv]
+        const uint32_t * token;   // [n_head_kv][stats.n_cells] the token in each cell, before
+        const float    * q;       // [n_window][n_head][n_embd_head_k]
+        const float    * k;       // [n_head_kv][stats.n_cells][n_embd_head_k]
+        const float    * self;    // [n_head_kv][stats.n_cells]
+        const float    * cross;   // [n_head_kv][stats.n_cells]
     };
 
     LLAMA_API struct llama_csp_params llama_csp_default_params(void);
@@ -110,28 +121,26 @@ extern "C" {
     // returns false if there is no memory for them
     LLAMA_API bool llama_csp_observe(struct llama_csp * csp, uint32_t n_window);
 
-    // score the cells by the observed queries, select, compact. with B >= N nothing changes
-    // returns false and changes nothing if params are off, nothing was observed or scoring failed,
+    // score the cells by the observed queries, have the policy choose, compact. with B >= N nothing changes
+    // returns false and changes nothing if params are off, nothing was observed, scoring failed or the choice is invalid,
     // returns false and clears the sequence if compaction failed halfway
     LLAMA_API bool llama_csp_prune(struct llama_csp * csp, struct llama_csp_params params);
+
+    // the cache as it is, with the observed queries and all that is known of its pruned part
+    // the caller frees it. NULL if there is no memory for it
+    LLAMA_API struct llama_csp_snapshot * llama_csp_take_snapshot(struct llama_csp * csp);
+
+    // bring all of that back. logits are not part of it
+    // returns false and changes nothing if the snapshot is of another kind of context,
+    // returns false and clears the sequence if there is no memory for the queries
+    LLAMA_API bool llama_csp_restore(struct llama_csp * csp, const struct llama_csp_snapshot * snapshot);
+
+    LLAMA_API void llama_csp_free_snapshot(struct llama_csp_snapshot * snapshot);
 
     LLAMA_API struct llama_csp_stats llama_csp_get_stats(const struct llama_csp * csp);
 
     // i < n_layer
     LLAMA_API struct llama_csp_layer llama_csp_get_layer(const struct llama_csp * csp, uint32_t i);
-
-    // the cells that one head keeps, a pure function of its scores (paper, section 3.2, without its double draws):
-    // the last R; of the rest, floor((B - R)*r) by cross score, then the best by self score not yet drawn. ties to the lower index
-    // self, cross: [n]; kept: [min(budget, n)], ascending
-    // returns min(budget, n)
-    LLAMA_API uint32_t llama_csp_select(
-                const float * self,
-                const float * cross,
-                   uint32_t   n,
-                   uint32_t   budget,
-                   uint32_t   recent,
-                     double   cross_ratio,
-                   uint32_t * kept);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,136 @@
+// Cross-Self Pruning (arXiv 2412.04652, section 3.2)
+
+#include "policy-util.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <queue>
+
+// the automatic r of one head: the cross share of the scores of the cells to choose from
+static double csp_cross_ratio(const std::vector<double> & self, const std::vector<double> & cross) {
+    const double sum_self  = std::accumulate(self .begin(), self .end(), 0.0);
+    const double sum_cross = std::accumulate(cross.begin(), cross.end(), 0.0);
+
+    const double sum = sum_self + sum_cross;
+
+    return std::isfinite(sum) && sum > 0.0 ? std::clamp(sum_cross/sum, 0.0, 1.0) : 0.0;
+}
+
+// draws one by one: the value of a cell falls with every key that is drawn near it
+struct csp_distant_draw {
+    csp_distant_draw(const llama_csp_view & view, uint32_t h, double lambda) :
+        keys(view, h), lambda(lambda), drawn(view.recent), cosine(view.n_cells, 0.0), n_seen(view.n_cells, 0) {
+        std::iota(drawn.begin(), drawn.end(), view.n_cells - view.recent);
+    }
+
+    // a score of 0 has no logarithm: take the least one that is not
+    double value(double score, uint32_t i) const {
+        constexpr double least = std::numeric_limits<float>::min();
+
+        return std::log(score > least ? score : least) - lambda*cosine[i]*cosine[i];
+    }
+
+    std::vector<uint32_t> operator()(std::vector<uint32_t> & cand, uint32_t n, const std::vector<double> & score) {
+        struct entry {
+            double   value; // as of when it was last looked at, it can only have fallen
+            uint32_t i;
+
+            bool operator<(const entry & other) const {
+                return value < other.value || (value == other.value && i > other.i);
+            }
+        };
+
+        std::priority_queue<entry> heap;
+
+        for (const auto i : cand) {
+            heap.push({ value(score[i], i), i });
+        }
+
+        std::vector<uint32_t> res;
+
+        while (res.size() < n) {
+            const auto i = heap.top().i;
+
+            heap.pop();
+
+            if (n_seen[i] == drawn.size()) {
+                res  .push_back(i);
+                drawn.push_back(i);
+                continue;
+            }
+
+            for (; n_seen[i] < drawn.size(); ++n_seen[i]) {
+                const double cur = keys.cosine(i, drawn[n_seen[i]]);
+
+                cosine[i] = cur > cosine[i] ? cur : cosine[i];
+            }
+
+            heap.push({ value(score[i], i), i });
+        }
+
+        cand.clear();
+
+        for (; !heap.empty(); heap.pop()) {
+            cand.push_back(heap.top().i);
+        }
+
+        return res;
+    }
+
+    const csp_keys keys;
+    const double   lambda;
+
+    std::vector<uint32_t> drawn;  // the recent cells first
+    std::vector<double>   cosine; // [n_cells] the largest with the keys of the first n_seen that were drawn, or 0
+    std::vector<uint32_t> n_seen; // [n_cells]
+};
+
+// the floor(n*r) best by cross score, then the best of the rest by self score
+template<typename F>
+static std::vector<uint32_t> csp_draw_both(
+        F && draw,
+        std::vector<uint32_t> cand,
+        uint32_t n,
+        const std::vector<double> & self,
+        const std::vector<double> & cross,
+        double cross_ratio) {
+    if (!(cross_ratio >= 0.0)) {
+        cross_ratio = csp_cross_ratio(self, cross);
+    }
+
+    auto res = draw(cand, uint32_t(std::floor(n*std::min(cross_ratio, 1.0))), cross);
+
+    const auto rest = draw(cand, n - res.size(), self);
+
+    res.insert(res.end(), rest.begin(), rest.end());
+
+    return res;
+}
+
+bool llama_csp_policy_csp(const llama_csp_view * view, llama_csp_choice * choice, const void * settings) {
+    const auto cfg = csp_settings<llama_csp_settings_csp>(settings, { -1.0, 0.0 });
+
+    if (!(cfg.cross_ratio <= 1.0) || !(cfg.distance >= 0.0) || !std::isfinite(cfg.distance) || (cfg.distance > 0.0 && !view->k)) {
+        return false;
+    }
+
+    const auto cand = csp_candidates(*view);
+
+    for (uint32_t h = 0; h < view->n_head_kv; ++h) {
+        const auto first = size_t(h)*view->n_cells;
+        const auto last  = first + cand.size();
+
+        const std::vector<double> self (view->self  + first, view->self  + last);
+        const std::vector<double> cross(view->cross + first, view->cross + last);
+
+        const uint32_t n = view->budget - view->recent;
+
+        csp_keep(*view, choice, h, cfg.distance > 0.0
+            ? csp_draw_both(csp_distant_draw(*view, h, cfg.distance), cand, n, self, cross, cfg.cross_ratio)
+            : csp_draw_both(csp_draw,                                 cand, n, self, cross, cfg.cross_ratio));
+    }
+
+    return true;
+}
