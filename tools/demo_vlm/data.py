@@ -1,0 +1,187 @@
+"""Training examples: pictures with what covers each patch, and conversations about them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import tokens
+import torch
+from model import N_GRID, N_PATCHES, N_PIXELS_PATCH
+from torch import Tensor
+
+from csp_edge.eval.scenes import (
+    COLORS,
+    EMOJI,
+    N_PIXELS_CELL,
+    N_PIXELS_CHAR,
+    SHAPES,
+    VENDORS,
+    Rng,
+    Scene,
+    draw,
+)
+from csp_edge.eval.suite import SKILLS, STEPS, Question, album, ask
+
+KINDS = [*EMOJI, *SHAPES]
+CHARS = [*"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+CLASSES = ["", *KINDS, *CHARS]
+
+# what the patches of a picture are asked for, and of how many classes
+DENSE = {"class": len(CLASSES), "color": 1 + len(COLORS), "center": 2} | {
+    step: 1 + len(KINDS) for step in STEPS
+}
+
+_KIND_WORDS = np.array(
+    [-100, *(tokens.IDS[tokens.SPACE + kind] for kind in KINDS), *(-100 for _ in CHARS)]
+)
+_COLOR_WORDS = np.array([-100, *(tokens.IDS[tokens.SPACE + color] for color in COLORS)])
+
+_CENTERS = (np.arange(N_GRID) + 0.5) * N_PIXELS_PATCH
+_CELL = (_CENTERS // N_PIXELS_CELL).astype(int)
+_CHAR = (_CENTERS // N_PIXELS_CHAR).astype(int)
+_MIDDLE = (1, 4, 6)  # patch at the middle of each cell
+
+
+def dense_labels(scene: Scene) -> np.ndarray:
+    """int64 [len(DENSE), N_PATCHES]."""
+    cells = np.zeros((len(DENSE), 9), np.int64)
+    for cell, thing in scene.things.items():
+        cells[0, cell] = CLASSES.index(thing.kind)
+        cells[1, cell] = 1 + list(COLORS).index(thing.color) if thing.color else 0
+        for i, step in enumerate(STEPS.values()):
+            other = step(cell)
+            if other is not None and other in scene.things:
+                cells[3 + i, cell] = 1 + KINDS.index(scene.things[other].kind)
+    labels = cells.reshape(-1, 3, 3)[:, _CELL][:, :, _CELL]
+    for cell in scene.things:
+        labels[2, _MIDDLE[cell // 3], _MIDDLE[cell % 3]] = 1
+    if scene.sign:
+        row, text = scene.sign
+        for i, char in enumerate(text):
+            is_char = np.outer(row == _CELL, i == _CHAR)
+            labels[0][is_char] = CLASSES.index(char)
+            labels[2, _MIDDLE[row], 2 * i] = 1
+    return labels.reshape(len(DENSE), N_PATCHES)
+
+
+def picture(scene: Scene, rng: Rng, vendor: str) -> np.ndarray:
+    """float32 [N_PIXELS, N_PIXELS, 3] in [-1, 1], its light varied."""
+    pixels = np.asarray(draw(scene, rng, vendor), np.float32) / 127.5 - 1
+    gain = rng.uniform(0.85, 1.1, 3) * rng.uniform(0.9, 1.1)
+    noise = rng.normal(0, rng.uniform(0, 0.04), pixels.shape)
+    return np.clip((pixels + 1) * gain - 1 + noise, -1, 1).astype(np.float32)
+
+
+def pictures(scenes: list[Scene], rng: Rng) -> Tensor:
+    """Of one album: one vendor for most, each its own for some."""
+    vendors = rng.choice(VENDORS, len(scenes))
+    if rng.random() < 0.7:
+        vendors[:] = vendors[0]
+    drawn = [picture(s, rng, v) for s, v in zip(scenes, vendors, strict=True)]
+    return torch.from_numpy(np.stack(drawn))
+
+
+@dataclass
+class Batch:
+    tokens: Tensor  # [n, t]
+    is_picture: Tensor  # [n, t]
+    labels: Tensor  # [n, t] the token that should follow, -100: none asked for
+    skill: Tensor  # [n, t] of the answer that the label is part of
+    where: list[list[tuple[int, list[int]]]]  # [n] tokens, and those that show what follows them
+    image: Tensor  # [n_pictures] which of its conversation
+    before: Tensor  # [n_pictures, N_PATCHES] class in the picture before, -100 for the first
+    kind: Tensor  # [n_pictures, N_PATCHES] token of the word for what is there, -100: nothing
+    color: Tensor  # [n_pictures, N_PATCHES] token of its color, -100: none
+    pictures: Tensor  # [n_pictures, N_PIXELS, N_PIXELS, 3]
+
+
+class Conversation:
+    """Tokens, picture mask, labels and skills, and where the answers are shown."""
+
+    def __init__(self, scenes: list[Scene]) -> None:
+        self.scenes = scenes
+        self.first = []  # token of each picture
+        self.ids, self.mask = [tokens.IDS[tokens.BOS]], [False]
+        self.labels, self.skills = [-100], [-1]
+        self.where: list[tuple[int, list[int]]] = []
+        for k in range(len(scenes)):
+            self.say(tokens.encode(f" image {k + 1}:"))
+            self.first.append(len(self.ids))
+            self.say([0] * N_PATCHES, is_picture=True)
+
+    def say(self, new: list[int], skill: int = -1, is_picture: bool = False) -> None:
+        for token in new:
+            if skill >= 0:
+                self.labels[-1], self.skills[-1] = token, skill
+            self.ids.append(token)
+            self.mask.append(is_picture)
+            self.labels.append(-100)
+            self.skills.append(-1)
+
+    def answer(self, question: Question, skill: int) -> None:
+        answer = tokens.encode(" " + question.answer)
+        parts = iter(question.where)
+        part: list[int] | None = None
+        for i, token in enumerate(answer):
+            if question.skill == "read":
+                part = self._sign(question, i)
+            elif token == tokens.IDS[","]:
+                part = None
+            elif part is None:
+                part = [t for image, cell in next(parts) for t in self._cell(image, cell)]
+            if part:
+                self.where.append((len(self.ids) - 1 + i, part))
+        self.say([*answer, tokens.IDS[tokens.EOS]], skill)
+
+    def _cell(self, image: int, cell: int) -> list[int]:
+        is_cell = np.outer(cell // 3 == _CELL, cell % 3 == _CELL)
+        return (self.first[image] + np.flatnonzero(is_cell)).tolist()
+
+    def _sign(self, question: Question, i: int) -> list[int]:
+        ends = (f"image {k + 1}?" for k in range(len(self.scenes)))
+        image = next(k for k, end in enumerate(ends) if question.text.endswith(end))
+        is_char = np.outer(self.scenes[image].sign[0] == _CELL, i == _CHAR)
+        return (self.first[image] + np.flatnonzero(is_char)).tolist()
+
+
+def conversation(rng: Rng, scenes: list[Scene], n_tokens: int, weights: np.ndarray) -> Conversation:
+    """Of n_tokens."""
+    talk = Conversation(scenes)
+    names = list(SKILLS)
+    while len(talk.ids) < n_tokens:
+        i = int(rng.choice(len(names), p=weights))
+        question = ask(rng, scenes, names[i])
+        if question is None:
+            continue
+        text = question.text
+        if rng.random() < 0.15:
+            text = text[0].lower() + text[1:]
+        if rng.random() < 0.1:
+            text = text.rstrip("?")
+        asked = [tokens.IDS[tokens.USER], *tokens.encode(" " + text), tokens.IDS[tokens.ASSISTANT]]
+        talk.say(asked)
+        talk.answer(question, i)
+    for column in (talk.ids, talk.mask, talk.labels, talk.skills):
+        del column[n_tokens:]
+    talk.where = [(t, shown) for t, shown in talk.where if t < n_tokens]
+    return talk
+
+
+def batch(rng: Rng, n: int, n_images: int, n_tokens: int, weights: np.ndarray) -> Batch:
+    """n conversations of n_tokens each about n_images pictures."""
+    albums = [album(rng, n_images, held_out=False) for _ in range(n)]
+    talks = [conversation(rng, a, n_tokens, weights) for a in albums]
+    labels = np.stack([[dense_labels(s)[:2] for s in a] for a in albums])
+    classes, colors = labels[:, :, 0], labels[:, :, 1]
+    before = np.concatenate([np.full_like(classes[:, :1], -100), classes[:, :-1]], 1)
+    return Batch(
+        torch.tensor([talk.ids for talk in talks]),
+        torch.tensor([talk.mask for talk in talks]),
+        torch.tensor([talk.labels for talk in talks]),
+        torch.tensor([talk.skills for talk in talks]),
+        [talk.where for talk in talks],
+        torch.arange(n_images).repeat(n),
+        torch.from_numpy(before).flatten(0, 1),
+        torch.from_numpy(_KIND_WORDS[classes]).flatten(0, 1),
+        torch.from_numpy(_COLOR_WORDS[colors]).flatten(0, 1),
+        torch.cat([pictures(a, rng) for a in albums]),
+    )
