@@ -40,7 +40,7 @@ test: .venv/csp-edge
 	@touch $@
 
 lock: .venv/packages
-	@uv pip compile --quiet --universal --generate-hashes --no-header --group dev pyproject.toml \
+	@uv pip compile --quiet --universal --generate-hashes --no-header --extra eval --group dev pyproject.toml \
 		--output-file requirements.lock
 
 clean:

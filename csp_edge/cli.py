@@ -1,4 +1,4 @@
-"""The command line: csp-edge chat, csp-edge demo, csp-edge inspect."""
+"""The command line: csp-edge chat, demo, inspect and eval."""
 
 import argparse
 import io
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from csp_edge.errors import CspEdgeError, PromptError, printable
+from csp_edge.eval.cli import add_eval
 from csp_edge.policies import POLICIES, parse_budget, policy
 from csp_edge.terminal import Progress, answer, write
 
@@ -26,6 +27,7 @@ examples:
   csp-edge chat -i photo.png "what is in image 1 ?"
   csp-edge chat -i a.png -i b.png --budget 10% "what color is the star in image 2 ?"
   csp-edge inspect model.gguf
+  csp-edge eval --skills find --samples 1 --images 2 --policies csp --budgets 20%
 """
 CHAT_EXAMPLES = """\
 examples:
@@ -196,6 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("path", metavar="PATH", help="GGUF file or folder")
+
+    add_eval(commands)
     return parser
 
 

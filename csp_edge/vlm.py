@@ -445,7 +445,14 @@ class EdgeVLM:
         lead, found, _ = whole.removeprefix(before).partition("<b>")
         return lead if whole.startswith(before) and found else ""
 
-    def _tokenize(self, messages: Sequence[Message]) -> Prompt:
+    def tokenize(self, messages: Sequence[Message]) -> Prompt:
+        """The prompt that asks for the next answer, for the engine. It holds the pictures: close it.
+
+        Raises:
+            ImageError: a picture can't be read.
+            ProjectorError: there are pictures, and the model has no projector.
+            TemplateError: the chat template refuses the messages.
+        """
         sources = [source for message in messages for source in message.pictures]
         pictures = [load_image(source, allow_url=self._allow_urls) for source in sources]
         texts = self._template.render(messages).split(_MARKER)
@@ -458,7 +465,7 @@ class EdgeVLM:
 
     def _begin(self, messages: Sequence[Message], sampler: Sampler, room: int) -> _Start:
         t0 = time.perf_counter()
-        with self._tokenize(messages) as prompt:
+        with self.tokenize(messages) as prompt:
             policy = self.cache
             budget = window = 0
             if isinstance(policy, Policy):

@@ -112,7 +112,7 @@ def test_exactly_one_bos(demo, smollm2):
     for each in (demo, smollm2):
         bos = each.engine.tokenizer.tokenize([each.engine.tokenizer.bos_text]).items
         assert len(bos) == 1
-        items = each._tokenize(vlm.normalize_messages("hello")).items
+        items = each.tokenize(vlm.normalize_messages("hello")).items
         assert items[0] == bos[0]
         assert items[1] != bos[0]
 

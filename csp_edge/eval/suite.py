@@ -326,15 +326,10 @@ def _sample(
 ) -> Sample:
     rng = np.random.default_rng(seed)
     questions: list[Question] = []
-    while not questions:
-        scenes = album(rng, n_images, held_out=True)
-        first = ask(rng, scenes, skill)
-        questions = [first] if first else []
-    others = [name for name in SKILLS if name != skill]
+    # an album may have less to ask than that
     while len(questions) < n_turns:
-        question = ask(rng, scenes, others[int(rng.integers(len(others)))])
-        if question and question not in questions:
-            questions.append(question)
+        scenes = album(rng, n_images, held_out=True)
+        questions = _questions(rng, scenes, skill, n_turns)
     drawn_by = vendor or VENDORS[int(rng.integers(len(VENDORS)))]
     return Sample(
         id="-".join(map(str, (skill, *seed))),
@@ -343,3 +338,11 @@ def _sample(
         content=tuple(partial(draw, scene, (*seed, k), drawn_by) for k, scene in enumerate(scenes)),
         turns=tuple(Turn(q.text, q.answer, q.skill, SKILLS[q.skill]) for q in questions),
     )
+
+
+def _questions(rng: Rng, scenes: Sequence[Scene], skill: str, n: int) -> list[Question]:
+    """At most n different ones, the first of this skill, the others of others."""
+    others = [name for name in SKILLS if name != skill]
+    drawn = [skill, *(others[int(i)] for i in rng.integers(0, len(others), 8 * n))]
+    found = [ask(rng, scenes, name) for name in drawn]
+    return list(dict.fromkeys(q for q in found if q))[:n] if found[0] else []

@@ -9,6 +9,7 @@ from model import N_GRID, N_PATCHES, N_PIXELS_PATCH
 from torch import Tensor
 
 from csp_edge.eval.scenes import (
+    CELLS,
     COLORS,
     EMOJI,
     N_PIXELS_CELL,
@@ -26,8 +27,13 @@ CHARS = [*"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 CLASSES = ["", *KINDS, *CHARS]
 
 # what the patches of a picture are asked for, and of how many classes
-DENSE = {"class": len(CLASSES), "color": 1 + len(COLORS), "center": 2} | {
-    step: 1 + len(KINDS) for step in STEPS
+DENSE = {
+    "class": len(CLASSES),
+    "color": 1 + len(COLORS),
+    "center": 2,
+    "cell": 1 + len(CELLS),
+    "count": 1 + len(CELLS),
+    **{step: 1 + len(KINDS) for step in STEPS},
 }
 
 _KIND_WORDS = np.array(
@@ -47,10 +53,12 @@ def dense_labels(scene: Scene) -> np.ndarray:
     for cell, thing in scene.things.items():
         cells[0, cell] = CLASSES.index(thing.kind)
         cells[1, cell] = 1 + list(COLORS).index(thing.color) if thing.color else 0
+        cells[3, cell] = 1 + cell
+        cells[4, cell] = len(scene.find(thing.kind))
         for i, step in enumerate(STEPS.values()):
             other = step(cell)
             if other is not None and other in scene.things:
-                cells[3 + i, cell] = 1 + KINDS.index(scene.things[other].kind)
+                cells[5 + i, cell] = 1 + KINDS.index(scene.things[other].kind)
     labels = cells.reshape(-1, 3, 3)[:, _CELL][:, :, _CELL]
     for cell in scene.things:
         labels[2, _MIDDLE[cell // 3], _MIDDLE[cell % 3]] = 1
@@ -89,6 +97,7 @@ class Batch:
     where: list[list[tuple[int, list[int]]]]  # [n] tokens, and those that show what follows them
     image: Tensor  # [n_pictures] which of its conversation
     before: Tensor  # [n_pictures, N_PATCHES] class in the picture before, -100 for the first
+    dense: Tensor  # [n_pictures, len(DENSE), N_PATCHES]
     kind: Tensor  # [n_pictures, N_PATCHES] token of the word for what is there, -100: nothing
     color: Tensor  # [n_pictures, N_PATCHES] token of its color, -100: none
     pictures: Tensor  # [n_pictures, N_PIXELS, N_PIXELS, 3]
@@ -170,8 +179,8 @@ def batch(rng: Rng, n: int, n_images: int, n_tokens: int, weights: np.ndarray) -
     """n conversations of n_tokens each about n_images pictures."""
     albums = [album(rng, n_images, held_out=False) for _ in range(n)]
     talks = [conversation(rng, a, n_tokens, weights) for a in albums]
-    labels = np.stack([[dense_labels(s)[:2] for s in a] for a in albums])
-    classes, colors = labels[:, :, 0], labels[:, :, 1]
+    dense = np.stack([[dense_labels(s) for s in a] for a in albums])
+    classes, colors = dense[:, :, 0], dense[:, :, 1]
     before = np.concatenate([np.full_like(classes[:, :1], -100), classes[:, :-1]], 1)
     return Batch(
         torch.tensor([talk.ids for talk in talks]),
@@ -181,6 +190,7 @@ def batch(rng: Rng, n: int, n_images: int, n_tokens: int, weights: np.ndarray) -
         [talk.where for talk in talks],
         torch.arange(n_images).repeat(n),
         torch.from_numpy(before).flatten(0, 1),
+        torch.from_numpy(dense).flatten(0, 1),
         torch.from_numpy(_KIND_WORDS[classes]).flatten(0, 1),
         torch.from_numpy(_COLOR_WORDS[colors]).flatten(0, 1),
         torch.cat([pictures(a, rng) for a in albums]),

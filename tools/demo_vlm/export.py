@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from model import HEAD_DIM, N_CTX, N_PIXELS_PATCH, NORM_EPS, ROPE_BASE, TEXT, VISION
-from tokens import ASSISTANT, BOS, BYTES, EOS, IDS, MERGES, PAD, SPECIAL, TOKENS, USER
+from tokens import BOS, BYTES, EOS, IDS, MERGES, PAD, SPECIAL, TOKENS
 
 from csp_edge.eval.scenes import N_PIXELS
 
@@ -19,22 +19,26 @@ NAME = "csp-demo"
 DESCRIPTION = "Answers questions about drawn scenes: emoji, shapes and signs, in up to 16 pictures"
 LICENSE = "MIT; trained on drawings under Apache-2.0, CC-BY-4.0 and MIT, see licenses/drawings.txt"
 
-# pictures are numbered through the whole conversation
-TEMPLATE = (
-    "{{ bos_token }}{% set n = namespace(image=0) %}{% for message in messages %}"
-    "{% if message.role == 'assistant' %} {{ message.content }}{{ eos_token }}"
-    "{% elif message.content is string %}"
-    + USER
-    + " {{ message.content }}"
-    + ASSISTANT
-    + "{% else %}"
-    "{% for part in message.content if part.type != 'text' %}"
-    "{% set n.image = n.image + 1 %} image {{ n.image }}:<__media__>{% endfor %}"
-    + USER
-    + "{% for part in message.content if part.type == 'text' %} {{ part.text }}{% endfor %}"
-    + ASSISTANT
-    + "{% endif %}{% endfor %}"
-)
+# pictures, which come as parts of their own type or as the marker, are numbered through the whole
+# conversation, and stand before the question
+TEMPLATE = """\
+{{ bos_token }}{% set n = namespace(image=0) %}
+{% for message in messages %}
+{% if message.role == 'assistant' %} {{ message.content }}{{ eos_token }}
+{% elif message.content is string %}
+<|user|> {{ message.content }}<|assistant|>
+{% else %}
+{% for part in message.content if part.type != 'text' or part.text == '<__media__>' %}
+{% set n.image = n.image + 1 %} image {{ n.image }}:<__media__>
+{% endfor %}
+<|user|>
+{% for part in message.content if part.type == 'text' and part.text != '<__media__>' %}
+ {{ part.text }}
+{% endfor %}
+<|assistant|>
+{% endif %}
+{% endfor %}
+""".replace("\n", "")
 
 Weights = dict[str, np.ndarray]
 

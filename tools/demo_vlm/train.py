@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ N_IMAGES_MAX = 16
 N_MIDDLE = 3
 # these blocks' first heads are shown where to look, less and less, until this share of the time
 LOOKING = (3, 4)
-GUIDED = 0.6
+GUIDED = 0.8
 # images in a conversation: tokens, conversations in a batch
 SHAPES = {
     1: (256, 16),
@@ -68,12 +69,18 @@ class Heads(nn.Module):
 
 
 def optimizers(parameters: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for all else."""
-    inside = [p for name, p in parameters if ".blocks." in f".{name}" and p.ndim == 2]
-    others = [p for name, p in parameters if ".blocks." not in f".{name}" or p.ndim != 2]
+    """Muon for the matrices inside the blocks, AdamW for all else. The eyes learn slower."""
+
+    def groups(is_inside: bool) -> list[dict[str, Any]]:
+        chosen = [(n, p) for n, p in parameters if is_inside == (".blocks." in n and p.ndim == 2)]
+        eyes = [p for n, p in chosen if ".vision." in n or ".dense." in n]
+        rest = [p for n, p in chosen if not (".vision." in n or ".dense." in n)]
+        both = [{"params": eyes, "scale": 0.3}, {"params": rest, "scale": 1.0}]
+        return [group for group in both if group["params"]]
+
     return [
-        torch.optim.Muon(inside, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.02),
+        torch.optim.Muon(groups(True), weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups(False), betas=(0.9, 0.98), weight_decay=0.02),
     ]
 
 
@@ -85,12 +92,9 @@ class Run:
         self.minutes, self.lr = minutes, lr  # of Muon and of AdamW
         self.model, self.heads = DemoVLM(len(TOKENS)).to(DEVICE), Heads().to(DEVICE)
         both = nn.ModuleDict({"model": self.model, "heads": self.heads})
-        is_trained = (
-            (lambda n: ".vision." in n or "dense" in n)
-            if stage == "vision"
-            else (lambda n: ".vision." not in f".{n}" and "dense" not in n)
-        )
-        named = [(n, p) for n, p in both.named_parameters() if is_trained(f".{n}")]
+        named = [(f".{n}", p) for n, p in both.named_parameters()]
+        if stage == "vision":
+            named = [(n, p) for n, p in named if ".vision." in n or ".dense." in n]
         self.parameters = [p for _, p in named]
         self.optimizers = optimizers(named)
         self.elapsed, self.step = 0.0, 0
@@ -125,7 +129,7 @@ class Run:
             cosine = 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * share))
             for optimizer, lr in zip(self.optimizers, self.lr, strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * warmup * cosine
+                    group["lr"] = group["scale"] * lr * warmup * cosine
             yield share
             self.step += 1
             self.elapsed += (time.monotonic() - t0) / 60
@@ -142,8 +146,23 @@ class Run:
             optimizer.zero_grad()
 
 
+def dense_loss(
+    heads: nn.ModuleDict, features: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Over labels [n_pictures, len(DENSE), N_PATCHES], and the share right where there is one."""
+    loss, rights = torch.zeros((), device=DEVICE), {}
+    for i, (name, head) in enumerate(heads.items()):
+        guess, label = head(features).flatten(0, 1), labels[:, i].flatten()
+        # patches that show something count as much as those that don't
+        weight = torch.where(label > 0, 1.0, 0.2)
+        loss = loss + (F.cross_entropy(guess, label, reduction="none") * weight).mean()
+        if (label > 0).any():
+            rights[name] = (guess.argmax(-1) == label)[label > 0].float().mean().item()
+    return loss, rights
+
+
 def train_vision(folder: Path, minutes: float) -> Run:
-    run = Run(folder, "vision", minutes, lr=(2e-3, 2e-3))
+    run = Run(folder, "vision", minutes, lr=(6e-3, 6e-3))
     vision, dense = run.model.vision, run.heads.dense
     for block in vision.blocks:
         block.compile()
@@ -154,14 +173,9 @@ def train_vision(folder: Path, minutes: float) -> Run:
         labels = torch.from_numpy(np.stack([dense_labels(s) for s in scenes])).to(DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16):
             features = vision(seen.to(DEVICE)).float()
-        loss = torch.zeros((), device=DEVICE)
-        for i, (name, head) in enumerate(dense.items()):
-            guess, label = head(features).flatten(0, 1), labels[:, i].flatten()
-            # patches that show something count as much as those that don't
-            weight = torch.where(label > 0, 1.0, 0.2)
-            loss = loss + (F.cross_entropy(guess, label, reduction="none") * weight).mean()
-            if (label > 0).any():
-                right[name].append((guess.argmax(-1) == label)[label > 0].float().mean().item())
+        loss, rights = dense_loss(dense, features, labels)
+        for name, share_right in rights.items():
+            right[name].append(share_right)
         run.learn(loss)
         if run.step % 25 == 0:
             figures = " ".join(f"{n}:{np.mean(r[-25:]):.3f}" for n, r in right.items())
@@ -212,11 +226,12 @@ def look_loss(
     return torch.cat(losses).mean()
 
 
-def train_all(folder: Path, minutes: float, vision: Run) -> None:
+def train_all(folder: Path, minutes: float, vision: Run | None) -> None:
     run = Run(folder, "all", minutes, lr=(5e-3, 1.5e-3))
-    if run.step == 0:
+    if vision:
         run.model.vision.load_state_dict(vision.model.vision.state_dict())
-    for block in run.model.blocks:
+        run.heads.load_state_dict(vision.heads.state_dict())
+    for block in [*run.model.vision.blocks, *run.model.blocks]:
         block.compile(dynamic=True)
     names = list(SKILLS)
     accuracy = dict.fromkeys(names, 0.0)
@@ -228,8 +243,7 @@ def train_all(folder: Path, minutes: float, vision: Run) -> None:
         weights = np.array([1.15 - accuracy[name] for name in names])
         b = batch(run.rng, n, n_images, n_tokens, weights / weights.sum())
         with torch.autocast(DEVICE, torch.bfloat16):
-            with torch.no_grad():
-                features = run.model.vision(b.pictures.to(DEVICE))
+            features = run.model.vision(b.pictures.to(DEVICE))
             last, before_block = run.model(b.tokens.to(DEVICE), b.is_picture.to(DEVICE), features)
             asked = b.labels >= 0
             guess = run.model.output(last[asked]).float()
@@ -246,6 +260,7 @@ def train_all(folder: Path, minutes: float, vision: Run) -> None:
             if n_images > 1
             else torch.zeros((), device=DEVICE)
         )
+        seen_loss, _ = dense_loss(run.heads.dense, features.float(), b.dense.to(DEVICE))
         word_loss = words_loss(run.model, before_block[0][b.is_picture], b.kind, b.color)
         guide = max(0.0, 1 - share / GUIDED)
         guide_loss = (
@@ -256,9 +271,8 @@ def train_all(folder: Path, minutes: float, vision: Run) -> None:
             if guide
             else torch.zeros(())
         )
-        run.learn(
-            answer_loss + 0.3 * (image_loss + before_loss) + 0.3 * word_loss + guide * guide_loss
-        )
+        hints = 0.3 * (image_loss + before_loss + word_loss + seen_loss) + guide * guide_loss
+        run.learn(answer_loss + hints)
 
         right = (guess.argmax(-1).cpu() == b.labels[asked]).float()
         skills = b.skill[asked]
@@ -271,7 +285,7 @@ def train_all(folder: Path, minutes: float, vision: Run) -> None:
             print(
                 f"all {share:.3f} step {run.step} {run.elapsed:.1f} min images {n_images} "
                 f"loss {answer_loss.item():.3f} {image_loss.item():.3f} {before_loss.item():.3f} "
-                f"{word_loss.item():.3f} {guide_loss.item():.3f}",
+                f"{word_loss.item():.3f} {seen_loss.item():.3f} {guide_loss.item():.3f}",
                 flush=True,
             )
             for size in sizes:
@@ -290,7 +304,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=75)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    vision = train_vision(arguments.folder, arguments.vision_minutes)
+    vision = None
+    if not (arguments.folder / "all.pt").exists():
+        vision = train_vision(arguments.folder, arguments.vision_minutes)
     train_all(arguments.folder, arguments.minutes, vision)
 
 

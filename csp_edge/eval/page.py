@@ -1,0 +1,138 @@
+"""A page of results, in Markdown, from the logs of runs."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from csp_edge.errors import OptionError
+from csp_edge.eval import report
+from csp_edge.eval.answers import Answer
+from csp_edge.eval.contenders import RIVALS, by_size
+from csp_edge.eval.fidelity import Divergence
+from csp_edge.eval.log import Entry, read_log
+from csp_edge.eval.table import Table
+
+Found: TypeAlias = Answer | Divergence
+
+_PROTOCOL = """\
+Each prompt is prefilled once, its last queries observed, and then pruned by every policy to every
+budget. The last token is decoded again over what is left, so already an answer's first token comes
+from the pruned cache. Later questions go on over the same cache, after the right answers to those
+before. In brackets: 95 % intervals, of accuracies Wilson's over samples, of comparisons by
+resampling the samples that both were asked."""
+_FIDELITY_PROTOCOL = """\
+Windows of a text, each a prompt and its true continuation. The prompt is prefilled once and pruned
+by every policy to every budget, its last token decoded again, then the continuation, token by
+token. At every step the next token's distribution is held against the full cache's. In brackets:
+95 % intervals, by resampling windows."""
+
+
+def found_in(path: Path, header: Mapping[str, Any], entries: Iterable[Entry]) -> list[Found]:
+    """What a log's entries say.
+
+    Raises:
+        OptionError: it is not of this version.
+    """
+    kinds: dict[str, type[Found]] = {"answers": Answer, "fidelity": Divergence}
+    try:
+        return [kinds[header["log"]](**entry) for entry in entries]
+    except (KeyError, TypeError) as error:
+        raise OptionError(f"{path}: not a log of this version ({error}): make it anew") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What logs say of one model and its data. Seeds are taken together."""
+
+    title: str
+    seeds: list[int | None]
+    found: list[Found]
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [each for each in self.found if isinstance(each, Answer)]
+
+    @property
+    def divergences(self) -> list[Divergence]:
+        return [each for each in self.found if isinstance(each, Divergence)]
+
+
+def read_runs(paths: Iterable[Path]) -> list[Run]:
+    """The runs that logs are of.
+
+    Raises:
+        OptionError: a log can't be read, or is not of this version.
+    """
+    runs: dict[str, Run] = {}
+    for path in paths:
+        header, entries = read_log(path)
+        found = found_in(path, header, entries)
+        seed = header.pop("seed", None)
+        title = f"{header.get('model')} on {header.get('data')}"
+        run = runs.setdefault(json.dumps(header, sort_keys=True), Run(title, [], []))
+        run.seeds.append(seed)
+        run.found.extend(_of_seed(each, seed) for each in found)
+    return list(runs.values())
+
+
+def _of_seed(found: Found, seed: object) -> Found:
+    """Told apart from what another seed calls the same."""
+    return replace(found, sample=f"{found.sample}/{seed}") if isinstance(found, Answer) else found
+
+
+def page(runs: Iterable[Run], plots: Mapping[str, Path], folder: Path) -> str:
+    """Markdown: of each run its protocol, and tables of everything in it.
+
+    Args:
+        plots: of runs, by their titles.
+        folder: where the page will be.
+    """
+    parts = ["# Results"]
+    for run in runs:
+        parts.append(f"## {run.title}")
+        tables = []
+        if run.answers:
+            parts += [_PROTOCOL, _counted(run.answers, run.seeds)]
+            tables += answer_tables(run.answers, report.FIELDS)
+        if run.divergences:
+            parts.append(_FIDELITY_PROTOCOL)
+            tables += [report.kl(run.divergences), report.top1(run.divergences)]
+        if run.title in plots:
+            link = Path(os.path.relpath(plots[run.title], folder)).as_posix()
+            parts.append(f"![{run.title}]({link})")
+        for table in tables:
+            parts += [f"### {table.title}", table.markdown()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _counted(answers: Sequence[Answer], seeds: Sequence[int | None]) -> str:
+    samples = {(a.dataset, a.sample): a.n_images for a in answers}
+    n_tokens = [a.n_tokens for a in answers if a.n_tokens]
+    prompts = f", {min(n_tokens)} to {max(n_tokens)} tokens" if n_tokens else ""
+    drawn = ", ".join(str(seed) for seed in sorted(set(seeds) - {None}, key=str))
+    return (
+        f"{len(samples)} conversations about {min(samples.values())} to {max(samples.values())} "
+        f"pictures{prompts}, {len(answers)} answers." + (f" Seeds: {drawn}." if drawn else "")
+    )
+
+
+def answer_tables(answers: Sequence[Answer], fields: Iterable[str]) -> list[Table]:
+    """By policy and budget, and at each budget by those of the fields that vary."""
+    first = [a for a in answers if a.turn == 1]
+    later = [a for a in answers if a.turn > 1]
+    tables = [report.accuracy(first, "Accuracy, first questions, %")]
+    if later:
+        tables.append(report.accuracy(later, "Accuracy, later questions over the same cache, %"))
+    policies = {a.policy for a in answers}
+    if len(policies) > 1:
+        tables.append(report.share_of_full(answers))
+    if RIVALS[0] in policies and len(policies) > 2:
+        tables.append(report.ahead_of(answers, RIVALS[0]))
+    budgets = sorted({a.budget for a in answers if a.budget is not None}, key=by_size)
+    for field in fields:
+        if len({getattr(a, field) for a in answers}) > 1:
+            tables += [report.accuracy_by(answers, field, budget) for budget in budgets]
+    return tables
