@@ -2,7 +2,7 @@
 
 >>> from csp_edge import EdgeVLM, CSP, Full
 >>> vlm = EdgeVLM("path/to/model.gguf", cache=CSP(budget=0.2))
->>> vlm.chat("What colour is the circle in image 2 ?", images=["a.png", "b.png"]).text
+>>> vlm.chat("What color is the star in image 2?", images=["a.png", "b.png"]).text
 """
 
 from typing import TYPE_CHECKING, Any

@@ -24,18 +24,18 @@ _MAX_STDIN = 2**26  # bytes
 EXAMPLES = """\
 examples:
   csp-edge demo
-  csp-edge chat -i photo.png "what is in image 1 ?"
-  csp-edge chat -i a.png -i b.png --budget 10% "what color is the star in image 2 ?"
+  csp-edge chat -i photo.png "What is in image 1?"
+  csp-edge chat -i a.png -i b.png --budget 10% "What color is the star in image 2?"
   csp-edge inspect model.gguf
   csp-edge eval --skills find --samples 1 --images 2 --policies csp --budgets 20%
 """
 CHAT_EXAMPLES = """\
 examples:
   csp-edge chat
-  csp-edge chat -i photo.png "what is in image 1 ?"
+  csp-edge chat -i photo.png "What is in image 1?"
   csp-edge chat -i photo.png < question.txt
-  csp-edge chat -m model.gguf --budget 512 --kv-type q8_0 -i a.png -i b.png "what is in image 2 ?"
-  csp-edge chat --policy full --temp 0.8 --seed 1 --json -i photo.png "what is in image 1 ?"
+  csp-edge chat -m model.gguf --budget 512 --kv-type q8_0 -i a.png -i b.png "What is in image 2?"
+  csp-edge chat --policy full --temp 0.8 --seed 1 --json -i photo.png "What is in image 1?"
 """
 DEMO_EXAMPLES = """\
 examples:
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="the embedded model on the embedded pictures, full and pruned",
-        description="Conversations about six pictures, over the full cache and over 20 % of it.",
+        description="Conversations about twelve pictures, over the full cache and over 20 % of it.",
         epilog=DEMO_EXAMPLES,
     )
     demo.set_defaults(run=_demo)

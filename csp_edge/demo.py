@@ -14,15 +14,23 @@ from csp_edge.vlm import CacheFigures, ChatResult, EdgeVLM
 
 PICTURES = sorted((Path(__file__).parent / "pictures").glob("*.png"))
 # Questions in the words that the model knows, and what is right. Each conversation begins with all
-# pictures. Its later questions are about what the first one was about, but for the very last.
+# pictures. A second question is about a picture of the first one, but for the very last.
 CONVERSATIONS = (
-    {"which image has the blue star ?": "2", "what color is the star in image 2 ?": "blue"},
-    {"what color is the moon in image 3 ?": "orange", "which image has the orange moon ?": "3"},
-    {"what is in image 3 ?": "green cross , orange moon , cyan ring"},
+    {"Which image shows the blue star?": "2", "What color is the star in image 2?": "blue"},
+    {"What is written in image 4?": "MILK"},
+    {"How many fish are in image 6?": "4", "Which image shows the boat?": "6"},
     {
-        "which image has the green triangle ?": "5",
-        "what color is the triangle in image 5 ?": "green",
-        "which image has the yellow bar ?": "4",
+        "What is left of the triangle in image 5?": "dog",
+        "What color is the triangle in image 5?": "green",
+    },
+    {
+        "What changed from image 10 to image 11?": "apple became pizza",
+        "What is in image 10?": "key, apple, yellow diamond",
+    },
+    {"Where is the rocket from image 7 to image 9?": "top left, center, top right"},
+    {
+        "What is in image 3?": "green cross, orange square, purple ring",
+        "Which image shows the cat?": "1",
     },
 )
 BUDGET = 0.2

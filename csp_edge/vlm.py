@@ -26,7 +26,7 @@ from csp_edge.tokenizer import Patches, Prompt
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 _MARKER = "<__media__>"
-_DEMO_MODEL = Path(__file__).parent / "models" / "csp-tiny-q8_0.gguf"
+_DEMO_MODEL = Path(__file__).parent / "models" / "csp-demo-q8_0.gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +295,7 @@ class EdgeVLM:
 
     @classmethod
     def demo(cls, **options: Any) -> "EdgeVLM":
-        """The small model in this package. It knows coloured shapes; options as for EdgeVLM."""
+        """The small model in this package. It knows drawn scenes; options as for EdgeVLM."""
         return cls(_DEMO_MODEL, **options)
 
     @overload
@@ -446,7 +446,9 @@ class EdgeVLM:
         return lead if whole.startswith(before) and found else ""
 
     def tokenize(self, messages: Sequence[Message]) -> Prompt:
-        """The prompt that asks for the next answer, for the engine. It holds the pictures: close it.
+        """The prompt that asks for the next answer, for the engine.
+
+        It holds the pictures: close it.
 
         Raises:
             ImageError: a picture can't be read.

@@ -2,6 +2,8 @@
 
 #include "policy-util.h"
 
+#include "llama-csp.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -16,6 +18,11 @@ static double csp_cross_ratio(const std::vector<double> & self, const std::vecto
     const double sum = sum_self + sum_cross;
 
     return std::isfinite(sum) && sum > 0.0 ? std::clamp(sum_cross/sum, 0.0, 1.0) : 0.0;
+}
+
+// the automatic lambda of one head: neighbouring patches of a picture say the same, words don't
+static double csp_distance(const int8_t * modality, size_t n) {
+    return std::find(modality, modality + n, LLAMA_CSP_MODALITY_MEDIA) != modality + n ? 16.0 : 0.0;
 }
 
 // draws one by one: the value of a cell falls with every key that is drawn near it
@@ -112,7 +119,7 @@ static std::vector<uint32_t> csp_draw_both(
 bool llama_csp_policy_csp(const llama_csp_view * view, llama_csp_choice * choice, const void * settings) {
     const auto cfg = csp_settings<llama_csp_settings_csp>(settings, { -1.0, 0.0 });
 
-    if (!(cfg.cross_ratio <= 1.0) || !(cfg.distance >= 0.0) || !std::isfinite(cfg.distance) || (cfg.distance > 0.0 && !view->k)) {
+    if (!(cfg.cross_ratio <= 1.0) || !std::isfinite(cfg.distance) || (cfg.distance != 0.0 && !view->k)) {
         return false;
     }
 
@@ -122,14 +129,16 @@ bool llama_csp_policy_csp(const llama_csp_view * view, llama_csp_choice * choice
         const auto first = size_t(h)*view->n_cells;
         const auto last  = first + cand.size();
 
+        const double distance = cfg.distance >= 0.0 ? cfg.distance : csp_distance(view->modality + first, cand.size());
+
         const std::vector<double> self (view->self  + first, view->self  + last);
         const std::vector<double> cross(view->cross + first, view->cross + last);
 
         const uint32_t n = view->budget - view->recent;
 
-        csp_keep(*view, choice, h, cfg.distance > 0.0
-            ? csp_draw_both(csp_distant_draw(*view, h, cfg.distance), cand, n, self, cross, cfg.cross_ratio)
-            : csp_draw_both(csp_draw,                                 cand, n, self, cross, cfg.cross_ratio));
+        csp_keep(*view, choice, h, distance > 0.0
+            ? csp_draw_both(csp_distant_draw(*view, h, distance), cand, n, self, cross, cfg.cross_ratio)
+            : csp_draw_both(csp_draw,                             cand, n, self, cross, cfg.cross_ratio));
     }
 
     return true;

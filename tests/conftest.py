@@ -17,7 +17,7 @@ PICTURES = Path(csp_edge.__file__).parent / "pictures"
 @pytest.fixture(scope="session")
 def demo_paths() -> tuple[Path, Path]:
     """The embedded model and its projector."""
-    return MODELS / "csp-tiny-q8_0.gguf", MODELS / "mmproj-csp-tiny-f16.gguf"
+    return MODELS / "csp-demo-q8_0.gguf", MODELS / "mmproj-csp-demo-f16.gguf"
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def smollm2_path() -> Path:
 
 @pytest.fixture(scope="session")
 def scenes() -> list[Path]:
-    """The pictures that come with the package, scene1.png first."""
+    """The pictures that come with the package, scene01.png first."""
     return sorted(PICTURES.glob("scene*.png"))
 
 

@@ -65,10 +65,11 @@ def csp(
     budget: int,
     recent: int,
     ratio: float | None = None,
-    distance: float = 0.0,
+    distance: float | None = 0.0,
     k: Floats | None = None,
+    modality: NDArray[np.int8] | None = None,
 ) -> Kept:
-    """k: [n_head_kv, n_cells, head_dim], for a distance above 0."""
+    """k: [n_head_kv, n_cells, head_dim], for a distance above 0; modality, where it is None."""
     n_cells = self.shape[1]
     old, last = list(range(n_cells - recent)), list(range(n_cells - recent, n_cells))
     kept = []
@@ -79,8 +80,9 @@ def csp(
         drawn: list[int] = []
         for score, n in (cross[h], n_cross), (self[h], budget - recent - n_cross):
             rest = [i for i in old if i not in drawn]
-            if distance:
-                drawn += apart(score, n, rest, last + drawn, k[h], distance)
+            apartness = (16 if 1 in modality[h, old] else 0) if distance is None else distance
+            if apartness:
+                drawn += apart(score, n, rest, last + drawn, k[h], apartness)
             else:
                 drawn += best(score, n, rest)
         kept.append(sorted(drawn) + last)

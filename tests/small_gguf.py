@@ -8,8 +8,8 @@ import numpy as np
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
 MODELS = Path(__file__).parents[1] / "csp_edge/models"
-MODEL = MODELS / "csp-tiny-q8_0.gguf"
-MMPROJ = MODELS / "mmproj-csp-tiny-f16.gguf"
+MODEL = MODELS / "csp-demo-q8_0.gguf"
+MMPROJ = MODELS / "mmproj-csp-demo-f16.gguf"
 
 
 def write(path: Path, architecture: str = "llama", n_embd: int = 32, **keys: Any) -> Path:

@@ -29,7 +29,7 @@ from csp_edge.policies import policy
 from small_gguf import MMPROJ, MODEL, copy, write
 
 FRANCE = "What is the capital of France? Answer in one sentence."
-STAR = "what color is the star in image 2 ?"
+STAR = "What color is the star in image 2?"
 
 
 def load(path=MODEL, **options):
@@ -111,7 +111,7 @@ def chat_over_flipped_bytes(folder, file, picture):
         path.write_bytes(flipped)
         try:
             with load(path, mmproj=MMPROJ) if file == MODEL else load(mmproj=path) as vlm:
-                vlm.chat("what is in image 1 ?", [picture], max_tokens=2)
+                vlm.chat("What is in image 1?", [picture], max_tokens=2)
         except CspEdgeError as error:
             assert str(error).isprintable()
             n_refused += 1
@@ -244,11 +244,11 @@ def test_bad_prompts(demo, prompt, words):
 
 def test_a_prompt_beyond_n_ctx(scenes):
     for cache in (Full(), CSP(0.2)):
-        with load(n_ctx=100, cache=cache) as vlm:
-            with refused(PromptError, "beyond the context of 100"):
+        with load(n_ctx=200, cache=cache) as vlm:
+            with refused(PromptError, "beyond the context of 200"):
                 vlm.chat(" red" * 300)
-            with refused(PromptError, "beyond the context of 100"):
-                vlm.chat(STAR, scenes * 2)
+            with refused(PromptError, "beyond the context of 200"):
+                vlm.chat(STAR, scenes[:4])
             assert vlm.chat(STAR, scenes[:2]).text == "blue"
 
 

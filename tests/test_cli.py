@@ -24,7 +24,7 @@ from csp_edge.cli import main
 from csp_edge.model_info import describe
 
 COMMAND = [sys.executable, "-m", "csp_edge"]
-COLOR = "what color is the circle in image 1 ?"  # of scene1.png: red
+COLOR = "What color is the cross in image 1?"  # of photo.png: green
 
 
 class Stdin:
@@ -38,8 +38,8 @@ class Stdin:
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenes, demo_paths) -> Path:
     """Where commands run: pictures, a model and its projector, a question."""
-    for name, scene in zip(("photo.png", "a.png", "b.png"), scenes, strict=False):
-        shutil.copy(scene, tmp_path / name)
+    for name, i in {"photo.png": 3, "a.png": 2, "b.png": 1}.items():
+        shutil.copy(scenes[i - 1], tmp_path / name)
     for name, path in zip(("model.gguf", "mmproj.gguf"), demo_paths, strict=True):
         shutil.copy(path, tmp_path / name)
     (tmp_path / "question.txt").write_text(COLOR + "\n")
@@ -140,12 +140,12 @@ def test_usage(argv: list[str], match: str, capsys) -> None:
 
 def test_answer(capsys) -> None:
     assert main(["chat", "-i", "photo.png", COLOR]) == 0
-    assert capsys.readouterr() == ("red\n", "")
+    assert capsys.readouterr() == ("green\n", "")
 
 
 def test_several_pictures(capsys) -> None:
     argv = ["chat", "-i", "photo.png", "-i", "a.png", "-m", "model.gguf", "--policy", "full"]
-    assert main([*argv, "which image has the blue star ?"]) == 0
+    assert main([*argv, "Which image shows the blue star?"]) == 0
     assert capsys.readouterr() == ("2\n", "")
 
 
@@ -153,7 +153,7 @@ def test_several_pictures(capsys) -> None:
 def test_prompt_from_stdin(argv: list[str], capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", Stdin(f"{COLOR}\r\n".encode()))
     assert main(["chat", "-i", "photo.png", *argv]) == 0
-    assert capsys.readouterr() == ("red\n", "")
+    assert capsys.readouterr() == ("green\n", "")
 
 
 def test_json(capsys) -> None:
@@ -163,8 +163,8 @@ def test_json(capsys) -> None:
     assert err == "" and out.count("\n") == 1
     answer = json.loads(out)
     assert answer.keys() == {"text", "finish_reason", "usage", "timings", "cache"}
-    assert answer["text"] == "red"
-    assert answer["usage"]["image_tokens"] == 72
+    assert answer["text"] == "green"
+    assert answer["usage"]["image_tokens"] == 128
     assert answer["timings"]["first_token_s"] > 0
     cache = answer["cache"]
     n_cells = cache["cells_before"]
@@ -172,7 +172,7 @@ def test_json(capsys) -> None:
     assert (cache["policy"], cache["budget"]) == ("csp", 0.25)
     assert cache["cells_after"] == n_cells // 4
     assert cache["bytes_after"] == 3072 * cache["cells_after"]
-    assert [picture["n_cols"] for picture in cache["pictures"]] == [6, 6]
+    assert [picture["n_cols"] for picture in cache["pictures"]] == [8, 8]
     # layers, heads, cells
     assert [[len(head) for head in layer] for layer in cache["kept"]] == [[n_cells // 4] * 2] * 6
 
@@ -183,7 +183,7 @@ def test_budget_in_cells(capsys) -> None:
 
 
 def test_same_seed_same_answer(capsys) -> None:
-    argv = ["chat", "--temp", "2", "--max-tokens", "5", "what is in the picture ?"]
+    argv = ["chat", "--temp", "2", "--max-tokens", "5", "What is in the picture?"]
     answers = []
     for seed in ("1", "1", "2", "3", "4"):
         assert main([*argv, "--seed", seed]) == 0
@@ -206,7 +206,7 @@ def test_bars_on_a_terminal(capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert main(["chat", "-i", "photo.png", COLOR]) == 0
     out, err = capsys.readouterr()
-    assert out == "red\n"
+    assert out == "green\n"
     for stage in ("loading", "encoding pictures", "reading the prompt"):
         assert re.search(rf"{stage} +#*\.+ \d+/\d+", err)
     assert err.count("\x1b7") == 3
@@ -263,7 +263,7 @@ def test_a_context_smaller_than_a_batch(argv: list[str]) -> None:
 
 def test_pictures_without_a_projector(capsys, folder: Path) -> None:
     (folder / "mmproj.gguf").unlink()
-    error = error_of(capsys, "chat", "-m", "model.gguf", "-i", "photo.png", "what is this ?")
+    error = error_of(capsys, "chat", "-m", "model.gguf", "-i", "photo.png", "What is this?")
     assert "pictures need a projector" in error
 
 
@@ -336,16 +336,18 @@ def test_inspect(capsys, demo_paths) -> None:
     assert err == ""
     figures = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in out.splitlines())
     info = describe(*demo_paths)
+    assert figures["name"] == "csp-demo"
+    assert figures["licence"].startswith("MIT")
     assert figures["architecture"] == "llama"
     assert figures["layers"] == "6"
     assert figures["heads"] == "4, with 2 KV heads"
     assert figures["context"] == f"{info.n_ctx:,} tokens"
-    assert figures["quantization"].startswith("Q8_0 (99.7% Q8_0")
+    assert figures["quantization"].startswith("Q8_0 (99.8% Q8_0")
     assert figures["projector"] == "mmproj.gguf"
-    assert figures["tokens"] == "36"
-    assert f"\nweights         {info.weight_bytes:,} bytes (5.0 MiB)\n" in out
+    assert figures["tokens"] == "64"
+    assert f"\nweights         {info.weight_bytes:,} bytes (5.2 MiB)\n" in out
     assert figures["KV per token"] == "3,072 bytes, f16"
-    assert figures["KV per picture"] == "110,592 bytes"
+    assert figures["KV per picture"] == "196,608 bytes"
 
 
 def test_inspect_a_text_model(capsys, smollm2_path: Path) -> None:
@@ -409,21 +411,21 @@ def terminal() -> Iterator[Terminal]:
 
 def test_conversation(terminal: Terminal, folder: Path) -> None:
     assert terminal.ask("/stats") == "nothing has been answered yet\n"
-    assert terminal.ask(COLOR).endswith("red\n")
-    assert "53 of the prompt (36 of pictures, 0 known), 1 of the answer" in terminal.ask("/stats")
+    assert terminal.ask(COLOR).endswith("green\n")
+    assert "79 of the prompt (64 of pictures, 0 known), 1 of the answer" in terminal.ask("/stats")
     assert terminal.ask("/reset") == ""
     for name in ("photo.png", "'a.png'"):
-        assert terminal.ask(f"/image {name}") == "48 x 48, goes with the next question\n"
-    assert terminal.ask("which image has the blue star ?").endswith("2\n")
-    assert terminal.ask("what color is the heart in image 2 ?").endswith("pink\n")
+        assert terminal.ask(f"/image {name}") == "96 x 96, goes with the next question\n"
+    assert terminal.ask("Which image shows the blue star?").endswith("2\n")
+    assert terminal.ask("What color is the heart in image 2?").endswith("pink\n")
     stats = terminal.ask("/stats")
-    assert "72 of pictures" in stats and " 0 known" not in stats
+    assert "128 of pictures" in stats and " 0 known" not in stats
     assert "/image PATH" in terminal.ask("/help")
     assert terminal.ask("") == ""
     terminal.type("/quit\r")
     assert terminal.process.wait(timeout=30) == 0
     history = (folder / "state/csp-edge/history").read_text()
-    assert "which image has the blue star ?\n" in history
+    assert "Which image shows the blue star?\n" in history
 
 
 def test_conversation_goes_on(terminal: Terminal) -> None:
@@ -436,7 +438,7 @@ def test_conversation_goes_on(terminal: Terminal) -> None:
     terminal.type("half a line\x03")
     terminal.wait_for("\r\n> ")
     assert terminal.ask("/image photo.png")
-    assert terminal.ask(COLOR).endswith("red\n")
+    assert terminal.ask(COLOR).endswith("green\n")
     terminal.type("\x04")
     assert terminal.process.wait(timeout=30) == 0
 

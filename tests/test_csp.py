@@ -106,11 +106,15 @@ class Pruned(plain_llama.Plain):
 
 
 def pictures(n):
-    return [np.asarray(Image.open(PICTURES / f"scene{i + 1}.png").convert("RGB")) for i in range(n)]
+    return [
+        np.asarray(Image.open(PICTURES / f"scene{i + 1:02}.png").convert("RGB")) for i in range(n)
+    ]
 
 
-def question(n, text="USER : what color is the star in image 2 ? ASSISTANT :"):
-    return "".join(f" image {i + 1} :<__media__>" for i in range(n)) + " " + text
+def question(n, text="What color is the star in image 2?"):
+    """The prompt as the demo model's template writes it."""
+    images = "".join(f" image {i + 1}:<__media__>" for i in range(n))
+    return f"{images}<|user|> {text}<|assistant|>"
 
 
 @pytest.fixture(params=["demo", "smollm2"])
@@ -166,7 +170,7 @@ def test_kept_equals_the_statement(prompt, ratio):
     layers = model.prune(40, 12, ratio)
     check_kept(model, layers, 40, 12, ratio)
     assert model.n_cells == 40
-    assert (model.modality == 1).sum() == 36 * len(images)
+    assert (model.modality == 1).sum() == 64 * len(images)
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "bf16", "q8_0", "q4_0"])
@@ -196,13 +200,13 @@ def test_the_window_spans_ubatches(demo_paths, smollm2_path, monkeypatch):
     assert seen[0].shape[0] == 40
     np.testing.assert_allclose(*seen, atol=2e-2)  # the ubatch decides how products are summed
 
-    # four text tokens after a picture, and pictures of a ubatch each: the window holds both kinds
+    # a few text tokens after a picture, and pictures of some ubatches: the window holds both kinds
     model = Pruned(*map(str, demo_paths), "f16")
-    model.observe(50)
-    model.prefill(question(2, "USER : ?"), pictures(2))
+    model.observe(80)
+    model.prefill(question(2, "?"), pictures(2))
     check_kept(model, model.prune(24, 4), 24, 4, None)
-    modality = view(model.stats.window_modality, 50)
-    assert 36 < (modality == 1).sum() < 50
+    modality = view(model.stats.window_modality, 80)
+    assert 64 < (modality == 1).sum() < 80
 
 
 def test_a_window_longer_than_the_prompt_is_the_prompt(demo_paths):
@@ -287,20 +291,20 @@ def test_a_sink_of_n_is_n_cells_of_zeros(demo_paths, unpatched_lib, tmp_path):
     model.observe(16)
     text, images = question(4), pictures(4)
     logits = model.prefill(text, images)
-    layers = model.prune(40, 12, n_decode=200.0)
-    np.testing.assert_allclose(layers[0].sink, np.log(200), rtol=1e-6)
+    layers = model.prune(40, 12, n_decode=1900.0)
+    np.testing.assert_allclose(layers[0].sink, np.log(1900), rtol=1e-6)
     logits, tokens = model.greedy(logits, 6)
 
     prompt = (*map(str, demo_paths), text, images)
     kept = {f"kept_{i}": layer.kept for i, layer in enumerate(layers)}
     runs = [
         run_plain(unpatched_lib, tmp_path, **job_of(prompt, "f32"), **kept, n_decode=6, n_zero=n)
-        for n in (200, 0)
+        for n in (1900, 0)
     ]
     assert tokens == runs[0]["tokens"].tolist()
     # values are summed up in f16, and here in another order
     assert np.abs(logits - runs[0]["logits"]).max() < 0.05
-    assert np.abs(logits - runs[1]["logits"])[:2].max() > 0.5  # before tokens may part
+    assert np.abs(logits - runs[1]["logits"])[:2].max() > 0.25  # before tokens may part
 
 
 def test_the_mass_of_the_evicted_cells(demo_paths):
@@ -380,12 +384,12 @@ def test_a_second_turn_is_pruned_again(demo_paths, kv_type):
     _, tokens = model.greedy(logits, 2)
 
     model.observe(16)
-    append(model, " USER : what is in image 3 ? ASSISTANT :")
+    append(model, "<|user|> What is in image 3?<|assistant|>")
     second = model.prune(50, 14)
     n_tokens = model.stats.n_tokens
     assert n_tokens == model.n_past and model.stats.n_cells == 60 + n_tokens - n_first
     assert model.n_cells == 50
-    assert (model.modality == 1).sum() == 36 * 4
+    assert (model.modality == 1).sum() == 64 * 4
 
     for layer, before, k in zip(second, first, keys, strict=True):
         for h in range(layer.n_head_kv):
@@ -398,7 +402,7 @@ def test_a_second_turn_is_pruned_again(demo_paths, kv_type):
 
     # a third one, with recent cells that reach into the pruned part
     model.observe(16)
-    append(model, " USER : what")
+    append(model, "<|user|> What")
     third = model.prune(40, 30)
     assert third[0].kept.shape == (2, 40)
     check_kept_again(model, third, 40, 30)
@@ -484,18 +488,18 @@ def test_the_last_token_can_be_decoded_again(demo_paths):
     model.prune(40, 12)
     last = model.n_past - 1
     assert llama.llama_memory_seq_rm(llama.llama_get_memory(model.ctx), 0, last, -1)
-    colon = (llama.llama_token * 8)()
-    assert llama.llama_tokenize(model.vocab, b" :", 2, colon, 8, False, True) == 1
-    logits = model.decode([colon[0]], last)
+    token = (llama.llama_token * 8)()
+    assert llama.llama_tokenize(model.vocab, b"<|assistant|>", 13, token, 8, False, True) == 1
+    logits = model.decode([token[0]], last)
     assert model.n_cells == 40
     assert np.abs(logits - full).max() > 0
 
     # the index went along
     model.observe(4)
-    append(model, " USER :")
+    append(model, "<|user|> What")
     model.prune(38, 10)
     assert model.stats.n_tokens == model.n_past
-    assert (model.modality == 1).sum() == 36 * 4
+    assert (model.modality == 1).sum() == 64 * 4
 
 
 def test_keys_keep_their_positions_and_decoding_goes_on_at_the_next_one(demo_paths):
@@ -551,7 +555,7 @@ def test_nothing_observed_is_said(demo_paths):
     assert not native.csp_prune(model.csp, params)
     assert b"no query was observed" in native.csp_last_error()
     model.observe(8)
-    model.greedy(append(model, " USER :"), 2)
+    model.greedy(append(model, "<|user|> What"), 2)
     model.prune(10, 5)
 
 

@@ -31,7 +31,7 @@ def cleared(engine):
     engine.clear()
 
 
-def tokenize(engine, n, text="USER : what color is the star in image 2 ? ASSISTANT :"):
+def tokenize(engine, n, text="What color is the star in image 2?"):
     texts = question(n, text).split("<__media__>")
     parts = [texts[0]]
     for picture, after in zip(pictures(n), texts[1:], strict=True):
@@ -103,11 +103,11 @@ def test_a_pruned_cache_is_restored(engine, policy):
     engine.prune(policy)
     engine.observe(16)
     greedy(engine, 5)
-    colon = engine.tokenizer.tokenize([" :"]).items[-1]
+    user = engine.tokenizer.tokenize(["<|user|>"]).items[-1]
     snapshot = engine.snapshot()
 
     def go_on():
-        engine.decode(colon)
+        engine.decode(user)
         answer = greedy(engine, 3)
         # by the queries since the first pruning
         second = engine.prune(CSP(30, sink="mass"))
@@ -126,7 +126,7 @@ def test_a_pruned_cache_is_restored(engine, policy):
 def test_sliding_windows_are_restored(demo_paths, tmp_path):
     tiny_models.gemma2(tmp_path / "tiny.gguf", demo_paths[0])
     engine = Engine(tmp_path / "tiny.gguf", n_ctx=1024, n_threads=1, prune=True)
-    with engine.tokenizer.tokenize(["what is in image 2 ? " * 100]) as prompt:
+    with engine.tokenizer.tokenize(["What is in image 2? " * 100]) as prompt:
         engine.prefill(prompt, window=16)
     snapshot = engine.snapshot()
     token = prompt.items[-1]
@@ -199,7 +199,7 @@ def test_pruning_some_tokens_later(engine):
     prefill(engine)
     n_prompt = engine.n_tokens
     greedy(engine, 5)
-    pruning = engine.prune(CSP(30, recent=8), inspect=True)
+    pruning = engine.prune(CSP(30, window=16, recent=8, distance=0), inspect=True)
     assert pruning.n_tokens == n_prompt + 5
     assert pruning.window_pos.tolist() == [*range(n_prompt + 5 - 16, n_prompt + 5)]
     for layer in pruning.layers:
@@ -235,7 +235,7 @@ class Mine(Policy):
 
 def test_a_policy_of_ones_own(engine):
     runs = []
-    for policy in (CSP(40, n_score=0.0), Mine(40)):
+    for policy in (CSP(40, window=16, n_score=0.0, distance=0), Mine(40)):
         engine.clear()
         prefill(engine)
         pruning = engine.prune(policy)

@@ -235,7 +235,7 @@ def test_a_prompt_beyond_the_context_loses_its_first_pictures(samples):
         found = list(sweep(small, samples[:1], [FULL_CELL], max_tokens=5))
         assert said(found) == said(expected)
         assert [a.n_images for a in found] == [2] * 3
-    with EdgeVLM.demo(cache=CSP(), n_threads=1, n_ctx=16) as tiny:
+    with EdgeVLM.demo(cache=CSP(), n_threads=1, n_ctx=8) as tiny:
         found = list(sweep(tiny, samples[:1], [FULL_CELL], max_tokens=5))
         assert all("beyond the context" in a.error for a in found)
 

@@ -33,7 +33,7 @@ def changed(header: Header, **values: Any) -> Header:
 def test_demo_pair_is_sound(model: Header, mmproj: Header) -> None:
     assert model.architecture == "llama"
     assert mmproj.architecture == "clip"
-    assert model.metadata["tokenizer.ggml.tokens"] == Array(gguf.GGUFValueType.STRING, 448, None)
+    assert model.metadata["tokenizer.ggml.tokens"] == Array(gguf.GGUFValueType.STRING, 768, None)
     check_model(model)
     check_projector(mmproj)
     check_pair(model, mmproj)
@@ -95,10 +95,13 @@ def test_heads_per_layer(model: Header) -> None:
         ({"clip__vision__attention__head_count": 0}, "head_count is 0"),
         ({"clip__vision__attention__head_count": 5}, "5 heads"),
         ({"clip__vision__block_count": 0}, "an encoder of 0 layers"),
-        ({"clip__vision__block_count": 99}, r"'v\.blk\.5\.ln1\.weight' is missing"),
-        ({"clip__vision__image_size": 56}, r"'v\.position_embd\.weight' has the shape \[192, 36\]"),
+        ({"clip__vision__block_count": 99}, r"'v\.blk\.6\.ln1\.weight' is missing"),
+        (
+            {"clip__vision__image_size": 108},
+            r"'v\.position_embd\.weight' has the shape \[192, 64\]",
+        ),
         ({"clip__vision__image_size": 9999}, "image_size is 9999"),
-        ({"clip__vision__image_size": 4}, "8-pixel patches of 4"),
+        ({"clip__vision__image_size": 4}, "12-pixel patches of 4"),
         ({"clip__vision__patch_size": 0}, "patch_size is 0"),
         ({"clip__vision__patch_size": 16}, "has the shape"),
         ({"clip__vision__projection_dim": 2**31}, "projection_dim is 2147483648"),

@@ -86,7 +86,7 @@ def test_without_libraries_the_package_imports_and_says_what_is_missing(bare_pac
 def test_nothing_is_printed_while_a_model_works():
     said = run(
         "from csp_edge import EdgeVLM\n"
-        "with EdgeVLM.demo() as vlm: print(vlm.chat('what is in image 1 ?').finish_reason)"
+        "with EdgeVLM.demo() as vlm: print(vlm.chat('What is in image 1?').finish_reason)"
     )
     assert said == "stop"
 

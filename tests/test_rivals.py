@@ -126,7 +126,7 @@ def expected(chosen: Policy, view: LayerView) -> Any:
     cells = view.budget, view.recent
     match chosen:
         case CSP(cross_ratio=ratio, distance=distance):
-            return statement.csp(self, cross, *cells, ratio, distance, k)
+            return statement.csp(self, cross, *cells, ratio, distance, k, view.modality)
         case Pyramid(beta=beta, kernel=kernel, pooling=pooling):
             where = view.i_layer, view.n_layer
             return statement.pyramid(self, cross, *cells, *where, beta, kernel, pooling)
@@ -151,6 +151,7 @@ def expected(chosen: Policy, view: LayerView) -> Any:
         CSP(cross_ratio=0.0),
         CSP(cross_ratio=0.7),
         CSP(cross_ratio=1.0),
+        CSP(distance=0.0),
         CSP(distance=4.0),
         CSP(distance=0.3, cross_ratio=0.5),
         CSP(distance=1e6),
@@ -201,10 +202,12 @@ def test_keeps_the_budget(kind: type[Policy]) -> None:
 @pytest.mark.parametrize("kind", RIVALS)
 def test_no_settings_are_the_defaults(kind: type[Policy]) -> None:
     rng = np.random.default_rng(2)
-    name, _ = kind().native_call()
+    # the library keeps to the paper
+    defaults = CSP(distance=0) if kind is CSP else kind()
+    name, settings = defaults.native_call()
     for _ in range(30):
         view = random_case(rng)
-        assert call(name, None, view) == call(*kind().native_call(), view)
+        assert call(name, None, view) == call(name, settings, view)
 
 
 @pytest.mark.parametrize("kind", [SnapKV, Pyramid, AdaKV])
@@ -221,7 +224,7 @@ def test_kernels_that_the_library_refuses(kind: type[Policy], kernel: int) -> No
     [
         (CSP(), "cross_ratio", 1.1),
         (CSP(), "cross_ratio", np.nan),
-        (CSP(), "distance", -1),
+        (CSP(), "distance", -np.inf),
         (CSP(), "distance", np.nan),
         (CSP(), "distance", np.inf),
         (Pyramid(), "beta", 0.9),
@@ -252,13 +255,13 @@ def test_distance_takes_the_other_direction() -> None:
     # the best three point one way, the fourth another: it is worth more than a second of those
     k = [[[1, 0], [2, 0], [3, 0], [0, 1], [1, 1]]]
     score = [5, 4, 3, 2, 0]
-    assert select(CSP(), layer(score, np.zeros(5), 2, 0, k=k)) == [[0, 1]]
+    assert select(CSP(distance=0), layer(score, np.zeros(5), 2, 0, k=k)) == [[0, 1]]
     assert select(CSP(distance=2.0), layer(score, np.zeros(5), 2, 0, k=k)) == [[0, 3]]
 
 
 def test_distance_counts_from_the_recent_cells_too() -> None:
     k = [[[1, 0], [0, 1], [1, 0]]]
-    assert select(CSP(), layer([2, 1, 0], np.zeros(3), 2, 1, k=k)) == [[0, 2]]
+    assert select(CSP(distance=0), layer([2, 1, 0], np.zeros(3), 2, 1, k=k)) == [[0, 2]]
     assert select(CSP(distance=2.0), layer([2, 1, 0], np.zeros(3), 2, 1, k=k)) == [[1, 2]]
 
 
@@ -425,7 +428,7 @@ def test_resolve(chosen: Policy, expected: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *(("csp", {"distance": value}) for value in (-0.1, np.nan, np.inf, True, None, "4")),
+        *(("csp", {"distance": value}) for value in (-0.1, np.nan, np.inf, True, "4")),
         *(
             (name, {"kernel": value})
             for name in ("snapkv", "pyramid", "adakv")
@@ -459,7 +462,7 @@ def test_a_policy_of_ones_own_needs_select() -> None:
 @pytest.mark.parametrize("kind", RIVALS)
 def test_chat(kind: type[Policy], scenes: list[Path]) -> None:
     with EdgeVLM.demo(cache=kind(0.3), n_threads=1) as vlm:
-        result = vlm.chat("what is in image 2 ?", images=scenes[:4], max_tokens=4)
+        result = vlm.chat("What is in image 2?", images=scenes[:4], max_tokens=4)
     cache = result.cache
     budget = int(0.3 * cache.cells_before)
     per_head = [len(cells) for layer in cache.kept for cells in layer]
@@ -471,7 +474,7 @@ def test_chat(kind: type[Policy], scenes: list[Path]) -> None:
 def test_chat_over_budgets_that_differ(scenes: list[Path]) -> None:
     # a layer of which little is left, and one of which much is
     with EdgeVLM.demo(cache=Pyramid(0.2), n_threads=1) as vlm:
-        kept = vlm.chat("what is in image 2 ?", images=scenes[:4], max_tokens=1).cache.kept
+        kept = vlm.chat("What is in image 2?", images=scenes[:4], max_tokens=1).cache.kept
     by_layer = [len(layer[0]) for layer in kept]
     assert by_layer == sorted(by_layer, reverse=True) and by_layer[0] > 1.5 * by_layer[-1]
 

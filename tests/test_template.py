@@ -10,7 +10,7 @@ from csp_edge.errors import PromptError, TemplateError
 from csp_edge.template import ChatTemplate, Message, Picture, Text, normalize_messages
 
 MARKER = "<__media__>"
-MODEL = Path(__file__).parents[1] / "csp_edge/models/csp-tiny-q8_0.gguf"
+MODEL = Path(__file__).parents[1] / "csp_edge/models/csp-demo-q8_0.gguf"
 
 VICUNA = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }} "
@@ -177,15 +177,16 @@ def test_misplaced_images() -> None:
 
 
 def test_demo_template(demo_template: str) -> None:
-    demo = template(demo_template, eos_token="</s>")
-    messages = normalize_messages("what is in image 2 ?", ["a", "b"])
+    demo = template(demo_template, bos_token="<s>", eos_token="</s>")
+    messages = normalize_messages("What is in image 2?", ["a", "b"])
     assert demo.render(messages) == (
-        f" image 1 :{MARKER} image 2 :{MARKER} USER : what is in image 2 ? ASSISTANT :"
+        f"<s> image 1:{MARKER} image 2:{MARKER}<|user|> What is in image 2?<|assistant|>"
     )
     messages += normalize_messages([{"role": "assistant", "content": "pink heart"}])
-    messages += normalize_messages("which image has the red circle ?")
+    messages += normalize_messages("Which image shows the red circle?", ["c"])
     assert demo.render(messages).endswith(
-        " ASSISTANT : pink heart</s> USER : which image has the red circle ? ASSISTANT :"
+        f"<|assistant|> pink heart</s> image 3:{MARKER}"
+        "<|user|> Which image shows the red circle?<|assistant|>"
     )
 
 

@@ -19,7 +19,7 @@ from csp_edge.eval.data import milebench_samples
 from csp_edge.eval.fidelity import Divergence
 from csp_edge.eval.log import Log
 from csp_edge.eval.milebench import score_path
-from csp_edge.eval.page import Found, answer_tables, found_in, page, read_runs
+from csp_edge.eval.page import Found, answer_tables, as_they_come, found_in, page, read_runs
 from csp_edge.eval.plot import check_plot, plot
 from csp_edge.eval.samples import Sample
 from csp_edge.eval.suite import SKILLS, suite
@@ -153,7 +153,7 @@ def write_report(logs: list[Path], output: Path | None, picture: Path | None) ->
         drawn = next((run for run in runs if run.answers), None)
         if not drawn:
             raise OptionError(f"--plot {picture}: there are no answers in these logs")
-        plot(drawn.answers, picture, drawn.title)
+        plot(as_they_come(drawn.answers), picture, drawn.title)
         plots[drawn.title] = picture
     text = page(runs, plots, output.parent if output else Path())
     if not output:

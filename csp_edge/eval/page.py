@@ -10,13 +10,14 @@ from typing import Any, TypeAlias
 from csp_edge.errors import OptionError
 from csp_edge.eval import report
 from csp_edge.eval.answers import Answer
-from csp_edge.eval.contenders import RIVALS, by_size
+from csp_edge.eval.contenders import FULL, RIVALS, by_size
 from csp_edge.eval.fidelity import Divergence
 from csp_edge.eval.log import Entry, read_log
 from csp_edge.eval.table import Table
 
 Found: TypeAlias = Answer | Divergence
 
+_FIELDS = ("dataset", "skill", "n_images")  # the others would say little more
 _PROTOCOL = """\
 Each prompt is prefilled once, its last queries observed, and then pruned by every policy to every
 budget. The last token is decoded again over what is left, so already an answer's first token comes
@@ -96,7 +97,11 @@ def page(runs: Iterable[Run], plots: Mapping[str, Path], folder: Path) -> str:
         tables = []
         if run.answers:
             parts += [_PROTOCOL, _counted(run.answers, run.seeds)]
-            tables += answer_tables(run.answers, report.FIELDS)
+            tables += answer_tables(as_they_come(run.answers), _FIELDS)
+            tables += [
+                replace(table, title=f"{table.title[:-3]}, with other settings, %")
+                for table in _by_turn(with_settings(run.answers))
+            ]
         if run.divergences:
             parts.append(_FIDELITY_PROTOCOL)
             tables += [report.kl(run.divergences), report.top1(run.divergences)]
@@ -119,20 +124,41 @@ def _counted(answers: Sequence[Answer], seeds: Sequence[int | None]) -> str:
     )
 
 
+def as_they_come(answers: Iterable[Answer]) -> list[Answer]:
+    """Of the full cache, and of policies without settings of their own."""
+    return [a for a in answers if ":" not in a.policy]
+
+
+def with_settings(answers: Sequence[Answer]) -> list[Answer]:
+    """Of policies with settings, and for comparison of the same without and of the full cache."""
+    names = {a.policy.partition(":")[0] for a in answers if ":" in a.policy}
+    shown = {*names, FULL} if names else set()
+    return [a for a in answers if a.policy in shown or ":" in a.policy]
+
+
 def answer_tables(answers: Sequence[Answer], fields: Iterable[str]) -> list[Table]:
     """By policy and budget, and at each budget by those of the fields that vary."""
-    first = [a for a in answers if a.turn == 1]
-    later = [a for a in answers if a.turn > 1]
-    tables = [report.accuracy(first, "Accuracy, first questions, %")]
-    if later:
-        tables.append(report.accuracy(later, "Accuracy, later questions over the same cache, %"))
+    tables = _by_turn(answers)
     policies = {a.policy for a in answers}
-    if len(policies) > 1:
-        tables.append(report.share_of_full(answers))
     if RIVALS[0] in policies and len(policies) > 2:
         tables.append(report.ahead_of(answers, RIVALS[0]))
     budgets = sorted({a.budget for a in answers if a.budget is not None}, key=by_size)
     for field in fields:
         if len({getattr(a, field) for a in answers}) > 1:
             tables += [report.accuracy_by(answers, field, budget) for budget in budgets]
+    return tables
+
+
+def _by_turn(answers: Sequence[Answer]) -> list[Table]:
+    """Accuracy, and its share of the full cache's, of the first questions and of later ones."""
+    tables = []
+    for which, asked in {
+        "first questions": [a for a in answers if a.turn == 1],
+        "later questions over the same cache": [a for a in answers if a.turn > 1],
+    }.items():
+        if asked:
+            tables.append(report.accuracy(asked, f"Accuracy, {which}, %"))
+        if any(a.policy != FULL for a in asked):
+            title = f"Share of the full cache's accuracy, {which}, %"
+            tables.append(report.share_of_full(asked, title))
     return tables

@@ -32,7 +32,9 @@ def accuracy_by(answers: Sequence[Answer], field: str, budget: Budget) -> Table:
     return replace(table, rows=table.rows + [["tokens", *row[1:]] for row in lengths])
 
 
-def share_of_full(answers: Sequence[Answer]) -> Table:
+def share_of_full(
+    answers: Sequence[Answer], title: str = "Share of the full cache's accuracy, %"
+) -> Table:
     """Accuracy over the full cache's on the same samples, the interval by resampling those."""
     full = _scores(a for a in answers if a.policy == FULL)
 
@@ -43,7 +45,6 @@ def share_of_full(answers: Sequence[Answer]) -> Table:
         return _shown(bootstrap(_ratio, mine, its), 100)
 
     pruned = [a for a in answers if a.policy != FULL]
-    title = "Share of the full cache's accuracy, %"
     return _grid(title, pruned, lambda a: a.budget, budget_name, cell)
 
 

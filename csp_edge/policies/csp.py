@@ -26,13 +26,15 @@ class CSP(Policy):
             prompt, but at least 128 cells: of a shorter prompt there is nothing to gain, and an
             answer to lose.
         window: the prompt's last tokens, whose queries score the cells (section 3.2).
-            None: 16, or the whole prompt where it is shorter.
+            None: 8, or the whole prompt where it is shorter.
         recent: the prompt's last cells, always kept. None: 16, but at most half of the budget.
         cross_ratio: share of the scored cells drawn by attention between modalities, the rest
             being drawn by attention within one, in [0, 1]. None: measured, per layer and head.
         distance: above 0, cells are drawn one by one, the next being the one with the highest
             log(score) - distance * max(0, c)^2, where c is the largest cosine of its key with
-            those of the recent cells and of the cells drawn so far. Not in the paper.
+            those of the recent cells and of the cells drawn so far. Not in the paper: neighbouring
+            patches of a picture say the same, and what the first question does not need is there
+            for the next. None: 16 where there are pictures to choose from, 0 where there are not.
         n_score: n of the scoring softmax, exp(x) / (n + sum exp(x)) (section 3.3), at least 0.
         sink: n while decoding over the pruned cache (section 3.3). None: plain softmax.
             A number above 0: that n. "mass": the measured mass of the evicted cells, per head.
@@ -42,7 +44,7 @@ class CSP(Policy):
     """
 
     cross_ratio: float | None = None
-    distance: float = 0.0
+    distance: float | None = None
     n_score: float = 1.0
     sink: float | Literal["mass"] | None = None
 
@@ -54,8 +56,8 @@ class CSP(Policy):
             raise PolicyError(
                 f"cross_ratio={self.cross_ratio!r}: give a number from 0 to 1, or None to measure"
             )
-        if not (is_number(self.distance) and self.distance >= 0):
-            raise PolicyError(f"distance={self.distance!r}: give a number of at least 0")
+        if self.distance is not None and not (is_number(self.distance) and self.distance >= 0):
+            raise PolicyError(f"distance={self.distance!r}: give a number of at least 0, or None")
         if not (is_number(self.n_score) and self.n_score >= 0):
             raise PolicyError(f"n_score={self.n_score!r}: give a number of at least 0")
         if self.sink not in (None, "mass") and not (is_number(self.sink) and self.sink > 0):
@@ -63,8 +65,12 @@ class CSP(Policy):
 
     @property
     def needs_keys(self) -> bool:
-        return self.distance > 0
+        return self.distance != 0
 
     def native_call(self) -> tuple[str, ctypes.Structure | None]:
         cross_ratio = -1.0 if self.cross_ratio is None else self.cross_ratio
-        return "llama_csp_policy_csp", _Settings(cross_ratio, self.distance)
+        distance = -1.0 if self.distance is None else self.distance
+        return "llama_csp_policy_csp", _Settings(cross_ratio, distance)
+
+    def _default_window(self, n_tokens: int) -> int:
+        return min(8, n_tokens)
