@@ -595,6 +595,20 @@ def test_later_questions_have_their_own_table(tmp_path):
     assert "| csp | 0.0 [" in later
 
 
+def test_policies_with_settings_stand_apart(tmp_path):
+    other = [replace(a, policy="csp:window=4") for a in made_up() if a.policy == "csp"]
+    text = page(read_runs([logged(tmp_path / "a.jsonl", made_up() + other)]), {}, tmp_path)
+    first, apart = (
+        text.partition(f"### Accuracy, first questions{title}, %")[2].partition("###")[0]
+        for title in ("", ", with other settings")
+    )
+    assert [line.split(" | ")[0] for line in first.splitlines()[4:6]] == ["| full", "| csp"]
+    assert "csp:window=4" not in first and "| random |" in first
+    assert "| csp:window=4 |" in apart and "| csp |" in apart and "| random |" not in apart
+    plain = text.partition("with other settings")[0]
+    assert "csp:window=4" not in plain
+
+
 #
 # the command
 #
