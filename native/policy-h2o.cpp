@@ -1,13 +1,10 @@
 // H2O (arXiv 2306.14048)
 
-#include "policy-util.h"
+#include "llama-csp-policies.h"
 
+// its window is the whole prompt, which is resolved before. what is left is SnapKV's choice without pooling
 bool llama_csp_policy_h2o(const llama_csp_view * view, llama_csp_choice * choice, const void *) {
-    for (uint32_t h = 0; h < view->n_head_kv; ++h) {
-        auto cand = csp_candidates(*view);
+    const llama_csp_settings_snapkv settings = { 1, false };
 
-        csp_keep(*view, choice, h, csp_draw(cand, view->budget - view->recent, csp_attention(*view, h)));
-    }
-
-    return true;
+    return llama_csp_policy_snapkv(view, choice, &settings);
 }

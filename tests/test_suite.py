@@ -157,3 +157,10 @@ def test_unknown_skills_and_vendors_are_refused():
         list(suite(["sing"]))
     with pytest.raises(OptionError, match="unknown vendor 'acme'"):
         list(suite(vendor="acme"))
+
+
+def test_as_many_turns_as_a_picture_has():
+    assert {len(s.turns) for s in suite(n_samples=2, n_images=(1,), n_turns=8)} == {8}
+    for n_turns in (0, 9):
+        with pytest.raises(OptionError, match=f"n_turns={n_turns}: give an integer from 1 to 8"):
+            list(suite(n_turns=n_turns))

@@ -301,11 +301,14 @@ def suite(
     The first question is of the sample's skill, each later one of any other, about any picture.
 
     Args:
+        n_turns: questions in a conversation, at most 8: one picture has no more to ask.
         vendor: whose emoji are drawn, one of VENDORS or VENDOR_HELD_OUT. None: any of VENDORS.
 
     Raises:
-        OptionError: there is no such skill or vendor.
+        OptionError: there is no such skill or vendor, or n_turns is out of range.
     """
+    if not 1 <= n_turns <= 8:
+        raise OptionError(f"n_turns={n_turns!r}: give an integer from 1 to 8")
     for skill in skills:
         if skill not in SKILLS:
             raise OptionError(f"unknown skill {skill!r}: choose from {', '.join(SKILLS)}")
