@@ -18,6 +18,7 @@ from csp_edge.errors import (
     PolicyError,
     ProjectorError,
     PromptError,
+    SessionError,
     TemplateError,
 )
 from csp_edge.policies import CSP, Full, Policy
@@ -42,6 +43,7 @@ __all__ = [
     "PolicyError",
     "ProjectorError",
     "PromptError",
+    "SessionError",
     "TemplateError",
     "Timings",
     "Usage",

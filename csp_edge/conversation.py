@@ -28,6 +28,7 @@ def converse(
     pictures: Sequence[Source] = (),
     *,
     allow_urls: bool = False,
+    session: str | None = None,
     **options: Any,
 ) -> None:
     """Questions from the terminal until it ends, answers to stdout, all else to stderr.
@@ -35,11 +36,12 @@ def converse(
     Args:
         pictures: shown with the first question.
         allow_urls: whether /image takes URLs.
+        session: a file to save the conversation to after each answer.
         options: of every `EdgeVLM.chat`.
     """
     history = _read_history()
     _say(f"{printable(vlm.engine.info.name)}: ask something; /help lists the commands")
-    conversation = _Conversation(vlm, progress, list(pictures), allow_urls, options)
+    conversation = _Conversation(vlm, progress, list(pictures), allow_urls, session, options)
     try:
         while True:
             try:
@@ -81,14 +83,16 @@ class _Conversation:
         progress: Progress,
         pictures: list[Source],
         allow_urls: bool,
+        session: str | None,
         options: dict[str, Any],
     ) -> None:
         self._vlm = vlm
         self._progress = progress
         self._pictures = pictures  # for the next question
         self._allow_urls = allow_urls
+        self._session = session
         self._options = options
-        self._messages: list[dict[str, Any]] = []
+        self._messages = vlm.messages
         self._last: ChatResult | None = None
 
     def take(self, line: str) -> None:
@@ -135,11 +139,13 @@ class _Conversation:
                 self._pictures.clear()
             raise
         write("\n")
-        self._messages.append({"role": "assistant", "content": result.text})
+        self._messages = self._vlm.messages
         self._pictures.clear()
         self._last = result
         if result.finish_reason == "length":
             _say("(cut off: --max-tokens or the context is reached)")
+        if self._session is not None:
+            self._vlm.save(self._session)
 
 
 def _say(text: str) -> None:

@@ -19,6 +19,7 @@ from csp_edge.errors import (
     MemoryLimitError,
     ModelError,
     OptionError,
+    PolicyError,
     ProjectorError,
     PromptError,
 )
@@ -27,23 +28,29 @@ from csp_edge.hook import Snapshot as CacheSnapshot
 from csp_edge.memory import available_memory
 from csp_edge.model_info import KV_TYPES, describe
 from csp_edge.native import llama, mtmd
-from csp_edge.policies import Policy
+from csp_edge.policies import Policy, Resolved
 from csp_edge.tokenizer import Item, Patches, Prompt, Tokenizer
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
-_N_BATCH = 512
-_N_CTX_FIRST = 1024
-_EMBEDDING_CACHE_BYTES = 256 * 2**20
+_N_UBATCH = 512
+_N_CELLS_STEP = 256  # that a cache grows by while decoding
+_N_TOKENS_RECALL = 1024  # for so many of a conversation, one token is decoded between two recalls
+_N_CTX_FIRST = 1024  # of a cache that can't grow
+_EMBEDDING_CACHE_BYTES = 64 * 2**20
 _SEQ = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """What one prefill did. Seconds; tokens."""
+    """What one prefill did. Seconds; tokens.
+
+    n_cells: cells that it all takes, or would take without max_cells.
+    """
 
     n_reused: int
     n_decoded: int
+    n_cells: int
     n_encoded: int  # pictures or tiles that went through the encoder
     encode_s: float
     decode_s: float
@@ -60,6 +67,10 @@ class Snapshot:
     n_pruned: int
     n_evicted: int
     n_recent: int
+    policy: Policy | None
+    window: int
+    is_probed: bool
+    n_unrecalled: int
 
 
 class Engine:
@@ -69,10 +80,20 @@ class Engine:
 
     Args:
         model, mmproj: GGUF files.
-        n_ctx: cells of the KV cache. None: as many as a prompt needs, up to the model's own.
+        n_ctx: cells that the KV cache may grow to, and the positions that a conversation may have
+            where the model knows fewer. None: the model's own.
+        max_cells: cells that the KV cache never exceeds, not even during a prefill: whenever more
+            would not fit, what is there is pruned by the policy given to prefill(). None: n_ctx.
+        n_ubatch: tokens that are computed at once. None: 512.
+        recall: keep what is evicted on the host, and let each new question choose anew among all
+            that there ever was. A type as for kv_type, or None: what is evicted is lost.
+        probe: with max_cells, prune by the queries of the prompt's last text, run ahead of what
+            comes before it. Else by those of the tokens that were decoded last.
         n_threads: None: one for each CPU.
         n_gpu_layers: layers to offload, -1: all.
         kv_type: type of K and V in the cache: f32, f16, bf16, q8_0 or q4_0.
+        mmap: map the weights, so that they take memory once for all programs, or read them.
+        max_image_tokens: of a picture or tile, where the projector takes any size. None: its own.
         prune: attach the CSP hook, so that prune() works.
         progress: called with ("load" | "encode" | "prefill", done, total).
 
@@ -89,10 +110,16 @@ class Engine:
         mmproj: Path | None = None,
         *,
         n_ctx: int | None = None,
+        max_cells: int | None = None,
+        n_ubatch: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
         kv_type: str = "f16",
+        mmap: bool = True,
+        max_image_tokens: int | None = None,
         prune: bool = False,
+        recall: str | None = None,
+        probe: bool = True,
         progress: Progress | None = None,
     ) -> None:
         self.model: Any = None
@@ -101,7 +128,14 @@ class Engine:
         self._hook: Hook | None = None
         self._batch: Any = None
 
+        if recall is not None:
+            _kv_type("recall", recall)
         self._n_ctx = _checked("n_ctx", n_ctx, 1, 2**31 - 1) if n_ctx is not None else None
+        if max_cells is not None:
+            max_cells = _checked("max_cells", max_cells, 256, 2**31 - 1)
+        self.max_cells = max_cells
+        n_ubatch = _checked("n_ubatch", _N_UBATCH if n_ubatch is None else n_ubatch, 32, 2**16)
+        self._n_ubatch = min(n_ubatch, self.max_cells or n_ubatch)
         self._n_threads = _checked("n_threads", _cpus() if n_threads is None else n_threads, 1, 512)
         self._n_gpu_layers = _checked("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
         self.kv_type = kv_type
@@ -111,25 +145,30 @@ class Engine:
         self.bytes_per_cell = self.info.kv_bytes_per_token  # of K and V in all layers
         self.items: list[Item] = []  # what the cache holds, evicted tokens included
         self.n_ctx: int = 0
-        self._embeddings: OrderedDict[tuple[bytes, int, int], npt.NDArray[np.float32]] = (
+        # of pictures, by key, tile and tokens: float32 [n_tokens, n_embd]
+        self.embeddings: OrderedDict[tuple[bytes, int, int], npt.NDArray[np.float32]] = (
             OrderedDict()
         )
         self.n_encoded = 0
+        self.encode_s = 0.0
 
         try:
-            self._load_model(model)
+            self._load_model(model, mmap)
             if mmproj is not None:
-                self._load_projector(mmproj)
-            self.tokenizer = Tokenizer(model, self.model, self._projector)
-            self._prune = prune
-            self._new_context(self._n_ctx or min(_N_CTX_FIRST, self.n_ctx_max), _N_BATCH)
+                self._load_projector(mmproj, max_image_tokens)
+            kind = self.info.projector.type if self.info.projector else ""
+            self.tokenizer = Tokenizer(model, self.model, self._projector, kind)
+            self._must_prune = prune
+            self._recall_type = recall
+            self._probes = probe
+            self._new_context(self._n_ubatch)
         except BaseException:
             self.close()
             raise
 
     # loading
 
-    def _load_model(self, path: Path) -> None:
+    def _load_model(self, path: Path, mmap: bool) -> None:
         failures: list[BaseException] = []
 
         @llama.llama_progress_callback  # type: ignore[untyped-decorator, unused-ignore]
@@ -142,6 +181,8 @@ class Engine:
 
         params = llama.llama_model_default_params()
         params.n_gpu_layers = self._n_gpu_layers
+        if not mmap:
+            params.load_mode = llama.LLAMA_LOAD_MODE_NONE
         params.progress_callback = report
         self.model, why = native.explained(
             llama.llama_model_load_from_file, os.fsencode(path), params
@@ -158,12 +199,15 @@ class Engine:
 
         self._n_ctx_train: int = llama.llama_model_n_ctx_train(self.model)
         self.n_ctx_max: int = self._n_ctx or self._n_ctx_train
+        if self.max_cells:
+            self.max_cells = min(self.max_cells, self.n_ctx_max)
         self._n_pos_max: int = max(self.n_ctx_max, self._n_ctx_train)
         self._n_swa: int = llama.llama_model_n_swa(self.model)
-        self._n_embd: int = llama.llama_model_n_embd_inp(self.model)
+        self.n_embd: int = llama.llama_model_n_embd_inp(self.model)
 
-    def _load_projector(self, path: Path) -> None:
+    def _load_projector(self, path: Path, max_image_tokens: int | None) -> None:
         params = mtmd.mtmd_context_params_default()
+        params.image_max_tokens = max_image_tokens or params.image_max_tokens
         params.use_gpu = self._n_gpu_layers != 0
         params.print_timings = False
         params.n_threads = self._n_threads
@@ -178,16 +222,43 @@ class Engine:
                 f"{path}: this projector takes no pictures: use a vision projector"
             )
 
-    def _new_context(self, n_ctx: int, n_ubatch: int) -> None:
-        self._check_memory(n_ctx, n_ubatch)
+    def _new_context(self, n_ubatch: int, n_ctx: int | None = None) -> None:
+        """A context with a cache that grows, or, where it can't, with one of n_ctx cells."""
         self._free_context()
         try:
-            self._make_context(n_ctx, n_ubatch)
+            if not self._make_elastic_context(n_ubatch):
+                self._make_plain_context(n_ubatch, n_ctx)
+            # of a small context llama.cpp makes the batch smaller
+            self._n_ubatch = llama.llama_n_ubatch(self._ctx)
+            self._batch = llama.llama_batch_init(self._n_ubatch, 0, 1)
         except BaseException:
             self._free_context()
             raise
 
-    def _make_context(self, n_ctx: int, n_ubatch: int) -> None:
+    def _make_elastic_context(self, n_ubatch: int) -> bool:
+        """Whether it could be made."""
+        n_cells = min(self.n_ctx_max, n_ubatch)
+        self._check_memory(n_cells, n_ubatch)
+        self._init_context(n_ubatch, self.n_ctx_max, n_cells)
+        try:
+            self._hook = Hook(self._ctx)
+        except ModelError as error:
+            if self._must_prune or self.max_cells:
+                raise ModelError(f"{self.info.path}: {error}") from None
+            self._free_context()
+            return False
+        if self._recall_type:
+            self._hook.keep_evicted(_kv_type("recall", self._recall_type))
+        self.n_ctx = self.n_ctx_max
+        return True
+
+    def _make_plain_context(self, n_ubatch: int, n_ctx: int | None) -> None:
+        n_ctx = self._n_ctx or n_ctx or min(_N_CTX_FIRST, self.n_ctx_max)
+        self._check_memory(n_ctx, n_ubatch)
+        self._init_context(n_ubatch, n_ctx)
+        self.n_ctx = min(n_ctx, llama.llama_n_ctx(self._ctx))
+
+    def _init_context(self, n_ubatch: int, n_ctx: int, n_cells: int | None = None) -> None:
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_ubatch
@@ -200,37 +271,48 @@ class Engine:
         params.offload_kqv = self._n_gpu_layers != 0
         params.swa_full = False
         params.no_perf = True
-        self._ctx, why = native.explained(llama.llama_init_from_model, self.model, params)
+        if n_cells is None:
+            self._ctx, why = native.explained(llama.llama_init_from_model, self.model, params)
+        else:
+            self._ctx, why = native.explained(native.csp_init_context, self.model, params, n_cells)
         if not self._ctx:
             if "alloc" in why:
-                raise MemoryLimitError(f"{_too_large(n_ctx, self.kv_type)} ({why})")
+                raise MemoryLimitError(f"{_too_large(n_cells or n_ctx, self.kv_type)} ({why})")
             raise ModelError(f"{self.info.path}: no context with kv_type={self.kv_type!r}: {why}")
         self._memory = llama.llama_get_memory(self._ctx)
         if not self._memory:
             raise ModelError(f"{self.info.path}: keeps no cache, so it can't chat")
-        # of a small context llama.cpp makes the batch smaller
-        self._n_ubatch = llama.llama_n_ubatch(self._ctx)
-        self._batch = llama.llama_batch_init(self._n_ubatch, 0, 1)
-        self.n_ctx = min(n_ctx, llama.llama_n_ctx(self._ctx))
 
-        if self._prune:
-            try:
-                self._hook = Hook(self._ctx)
-            except ModelError as error:
-                raise ModelError(f"{self.info.path}: {error}") from None
-
-    def _check_memory(self, n_ctx: int, n_ubatch: int) -> None:
+    def _check_memory(self, n_cells: int, n_ubatch: int) -> None:
         available = available_memory()
         if self._n_gpu_layers or available is None:
             return
-        # beside K and V, the attention mask grows with the context: it is held in f32 and f16
-        needed = n_ctx * (self.bytes_per_cell + 6 * n_ubatch)
-        held = self.n_ctx * self.bytes_per_cell if self._ctx else 0
+        # beside K and V, the attention mask grows with the cache: it is held in f32 and f16
+        needed = n_cells * (self.bytes_per_cell + 6 * n_ubatch)
+        held = self._hook.n_cells * self.bytes_per_cell if self._hook else 0
         if needed - held > available:
             raise MemoryLimitError(
-                f"{_too_large(n_ctx, self.kv_type)}: {needed / 2**20:.0f} MiB are needed and "
+                f"{_too_large(n_cells, self.kv_type)}: {needed / 2**20:.0f} MiB are needed and "
                 f"{available / 2**20:.0f} MiB are free"
             )
+
+    def _resize(self, n_cells: int) -> None:
+        """Let the cache grow or shrink, by no less than a step, within max_cells."""
+        assert self._hook
+        n_cells = min(n_cells, self.max_cells or self.n_ctx)
+        if self._hook.n_cells < n_cells:
+            self._check_memory(n_cells, self._n_ubatch)
+        elif n_cells + _N_CELLS_STEP > self._hook.n_cells:
+            return
+        self._hook.resize(n_cells)
+
+    def _make_room(self, n_new: int) -> None:
+        """Let the cache take `n_new` more cells: it grows, or is pruned."""
+        n_cells = self.n_cells + n_new
+        if self.max_cells and n_cells > self.max_cells:
+            self._prune_to(self.max_cells - max(n_new, self.max_cells // 8))
+        elif self._hook and n_cells > self._hook.n_cells:
+            self._resize(n_cells + _N_CELLS_STEP)
 
     def _free_context(self) -> None:
         self._forget()
@@ -251,7 +333,7 @@ class Engine:
         if self.model:
             llama.llama_model_free(self.model)
         self._projector = self.model = None
-        self._embeddings.clear()
+        self.embeddings.clear()
 
     @property
     def chat_template(self) -> str | None:
@@ -267,11 +349,23 @@ class Engine:
         return self.n_tokens - self._n_evicted
 
     @property
+    def n_cells_max(self) -> int:
+        """Cells that the cache has memory for now."""
+        return self._hook.n_cells if self._hook else self.n_ctx
+
+    @property
     def room(self) -> int:
         """Tokens that can still be decoded."""
-        return max(0, min(self._n_pos_max - self.n_past, self.n_ctx - self.n_cells))
+        n_positions = self._n_pos_max - self.n_past
+        return max(
+            0, n_positions if self.max_cells else min(n_positions, self.n_ctx - self.n_cells)
+        )
 
     def _forget(self) -> None:
+        self._policy: Policy | None = None  # what makes room within max_cells
+        self._window = 0  # queries that it observes
+        self._is_probed = False  # those are a probe's
+        self._n_unrecalled = 0  # tokens decoded since the last recall
         self.items.clear()
         self.n_tokens = 0  # of the conversation, evicted ones included
         self.n_past = 0  # the next token's position
@@ -285,7 +379,12 @@ class Engine:
         self.n_past += 1 if isinstance(item, int) else item.n_pos
 
     def clear(self) -> None:
-        """Empty the cache."""
+        """Empty the cache, and give its memory back."""
+        self._empty()
+        if self._hook:
+            self._hook.resize(0)
+
+    def _empty(self) -> None:
         self._forget()
         self.observe(0)
         if self._ctx:
@@ -324,7 +423,9 @@ class Engine:
         if self._hook:
             self._hook.observe(n_window)
 
-    def prefill(self, prompt: Prompt, *, room: int = 0, window: int = 0) -> Prefill:
+    def prefill(
+        self, prompt: Prompt, *, room: int = 0, window: int = 0, policy: Policy | None = None
+    ) -> Prefill:
         """Bring the cache to hold `prompt`, decoding only what it doesn't hold yet.
 
         Of a conversation that was pruned, the pruned part is kept if `prompt` goes on from it, and
@@ -333,10 +434,13 @@ class Engine:
         Args:
             room: tokens of answer to leave room for, where n_ctx allows.
             window: observe the queries of that many last tokens, for prune().
+            policy: what prunes where max_cells is reached, then and while decoding.
 
         Raises:
             PromptError: the prompt is beyond the context, or ends with a picture.
-            MemoryLimitError: a cache that holds it doesn't fit.
+            MemoryLimitError: a cache that holds it doesn't fit, or max_cells are too few for a
+                picture.
+            PolicyError: the policy keeps more cells in one head than it was asked to.
         """
         if not isinstance(prompt.items[-1], int):
             raise PromptError("the prompt ends with a picture: put text after it")
@@ -344,21 +448,35 @@ class Engine:
             raise self._beyond(prompt)
         try:
             if not self._ctx:
-                self._new_context(self._n_ctx or min(_N_CTX_FIRST, self.n_ctx_max), _N_BATCH)
+                self._new_context(self._n_ubatch)
             n_kept = self._reuse(prompt)
             n_kept = self._fit(prompt, n_kept, room)
-            n_reused, n_encoded = self.n_tokens, self.n_encoded
+            n_cells = self.n_cells + prompt.n_tokens - self.n_tokens
+            self._is_probed = False
+            if self.max_cells and n_cells > self.max_cells:
+                if not policy:
+                    raise PolicyError(f"max_cells={self.max_cells} need a policy to prune by")
+                n_kept = self._probe(prompt, n_kept, window)
+            if self._recall_type and self._n_evicted and policy:
+                n_kept = self._recall(prompt, n_kept, window, policy)
+            n_reused, n_encoded, encode_s = self.n_tokens, self.n_encoded, self.encode_s
+            if not self._is_probed:
+                self.observe(min(window, prompt.n_tokens - n_reused))
+            self._policy, self._window = policy, window
             t0 = time.perf_counter()
-            embeddings = self._encode(prompt, n_kept)
+            self._decode_items(prompt, n_kept)
             t1 = time.perf_counter()
-            self.observe(min(window, prompt.n_tokens - n_reused))
-            self._decode_items(prompt, n_kept, embeddings)
-            t2 = time.perf_counter()
         except BaseException:
             self._recover()
             raise
+        encode_s = self.encode_s - encode_s
         return Prefill(
-            n_reused, prompt.n_tokens - n_reused, self.n_encoded - n_encoded, t1 - t0, t2 - t1
+            n_reused,
+            prompt.n_tokens - n_reused,
+            n_cells,
+            self.n_encoded - n_encoded,
+            encode_s,
+            t1 - t0 - encode_s,
         )
 
     def _reuse(self, prompt: Prompt) -> int:
@@ -372,31 +490,92 @@ class Engine:
             min(len(self.items), last),
         )
         if n_kept < self._n_pruned:
-            self.clear()
+            self._empty()
             return 0
         if n_kept < len(self.items) and not self.cut(n_kept):
             return 0
         return n_kept
 
     def _fit(self, prompt: Prompt, n_kept: int, room: int) -> int:
-        n_new = prompt.n_tokens - self.n_tokens
-        n_ubatch = max(
-            [
-                self._n_ubatch,
-                *(i.n_tokens for i in prompt.items if not isinstance(i, int) and not i.causal),
-            ]
-        )
-        n_ctx = self._n_ctx or min(_power_of_2(prompt.n_tokens + room), self.n_ctx_max)
-        needed = self.n_cells + n_new
-        if n_ubatch == self._n_ubatch and (needed + room <= self.n_ctx or n_ctx <= self.n_ctx):
-            if needed > self.n_ctx:
-                raise self._beyond(prompt)
-            return n_kept
-        # a new cache holds the whole conversation anew: what was evicted can't move into it
-        self._new_context(max(n_ctx, self.n_ctx), n_ubatch)
-        if prompt.n_tokens > self.n_ctx:
+        """Give the cache room for `prompt`. How many of its items the cache still holds."""
+        pictures = [item for item in prompt.items[n_kept:] if isinstance(item, Patches)]
+        # a picture that is not causal is computed at once
+        n_ubatch = max([self._n_ubatch, *(p.n_tokens for p in pictures if not p.causal)])
+        n_ctx = max(self.n_ctx, min(_power_of_2(prompt.n_tokens + room), self.n_ctx_max))
+        if n_ubatch > self._n_ubatch or (not self._hook and n_ctx > self.n_ctx):
+            self._new_context(n_ubatch, n_ctx)
+            n_kept = 0
+        n_cells = self.n_cells + prompt.n_tokens - self.n_tokens
+        if self.max_cells:
+            self._check_pictures(pictures)
+        elif n_cells > self.n_ctx:
             raise self._beyond(prompt)
-        return 0
+        if self._hook:
+            n_cells += min(room, _N_CELLS_STEP)
+            self._resize(max(self._hook.n_cells, n_cells))
+        return n_kept
+
+    def _check_pictures(self, pictures: list[Patches]) -> None:
+        assert self.max_cells
+        for picture in pictures:
+            if 2 * picture.n_tokens > self.max_cells:
+                raise MemoryLimitError(
+                    f"picture {picture.picture + 1} takes {picture.n_tokens} cells, more than half "
+                    f"of max_cells={self.max_cells}: give at least {2 * picture.n_tokens}"
+                )
+
+    def _probe(self, prompt: Prompt, n_kept: int, window: int) -> int:
+        """Observe the end of the prompt's text before all else. How many items the cache holds."""
+        assert self._hook
+        n_most = self.max_cells or self.n_ctx
+        n_text = sum(isinstance(item, int) for item in prompt.items[n_kept:])
+        if n_most - self.n_cells < min(n_text, window):
+            self._empty()
+            n_kept = 0
+        tokens, positions, n_past = [], [], self.n_past
+        for item in prompt.items[n_kept:]:
+            if isinstance(item, int):
+                tokens.append(item)
+                positions.append(n_past)
+            n_past += 1 if isinstance(item, int) else item.n_pos
+        n = min(len(tokens), n_most - self.n_cells)
+        self.observe(min(window, n))
+        if self._probes:
+            self._resize(max(self._hook.n_cells, self.n_cells + n))
+            self._hook.probe(tokens[-n:], positions[-n:])
+            # a sliding window may have been overwritten
+            if not self.cut(n_kept):
+                return self._probe(prompt, 0, window)
+        self._is_probed = self._probes
+        return n_kept
+
+    def _recall(self, prompt: Prompt, n_kept: int, window: int, policy: Policy) -> int:
+        """Choose what the cache holds by the new question. How many items it holds."""
+        assert self._hook
+        if not self._is_probed:
+            n_kept = self._probe(prompt, n_kept, window)
+        if self._n_evicted:
+            budget, _, recent = policy.resolve(prompt.n_tokens)
+            budget = min(budget, self._n_cells_pruned)
+            n_cells = budget + prompt.n_tokens - self.n_tokens
+            self._resize(max(self._hook.n_cells, n_cells))
+            amounts = Resolved(budget, window, min(recent, budget))
+            self._set_pruned(self._hook.recall(policy, amounts))
+        return n_kept
+
+    def _recall_more(self) -> None:
+        """While decoding, now and then choose what the cache holds by the answer so far."""
+        self._n_unrecalled += 1
+        if not self._recall_type or not self._n_evicted or not self._policy:
+            return
+        # it takes the longer, the more there is to choose from
+        if self._n_unrecalled * _N_TOKENS_RECALL < self.n_tokens:
+            return
+        assert self._hook
+        recent = min(self._policy.resolve(self.n_tokens).recent, self.n_cells)
+        amounts = Resolved(self.n_cells, self._window, recent)
+        self._set_pruned(self._hook.recall(self._policy, amounts))
+        self._n_unrecalled = 0
 
     def _beyond(self, prompt: Prompt) -> PromptError:
         return PromptError(
@@ -404,51 +583,68 @@ class Engine:
             "shorten it, send fewer pictures, or raise n_ctx"
         )
 
-    def _encode(self, prompt: Prompt, start: int) -> dict[int, npt.NDArray[np.float32]]:
-        """Embeddings, float32 [n_tokens, n_embd], of the pictures from item `start` on."""
-        embeddings: dict[int, npt.NDArray[np.float32]] = {}
-        pictures = [(i, item) for i, item in enumerate(prompt.items) if isinstance(item, Patches)]
-        pictures = [(i, item) for i, item in pictures if i >= start]
-        for n_done, (i, item) in enumerate(pictures):
-            self._progress("encode", n_done, len(pictures))
-            key = (item.key, item.tile, item.n_tokens)
-            if key not in self._embeddings:
-                self._embeddings[key] = self._encode_one(prompt.handles[i], item)
-                self.n_encoded += 1
-            self._embeddings.move_to_end(key)
-            embeddings[i] = self._embeddings[key]
-            while sum(e.nbytes for e in self._embeddings.values()) > _EMBEDDING_CACHE_BYTES:
-                self._embeddings.popitem(last=False)
-        if pictures:
-            self._progress("encode", len(pictures), len(pictures))
-        return embeddings
+    def _embedding(self, prompt: Prompt, i: int) -> npt.NDArray[np.float32]:
+        """float32 [n_tokens, n_embd] of the picture that is item `i`."""
+        item = prompt.items[i]
+        assert isinstance(item, Patches)
+        key = (item.key, item.tile, item.n_tokens)
+        if key not in self.embeddings:
+            self.embeddings[key] = self._encode(prompt, i, item)
+        embedding = self.embeddings[key]
+        self.embeddings.move_to_end(key)
+        # within max_cells nothing grows with the number of pictures
+        n_most = self.max_cells * self.n_embd * 4 if self.max_cells else _EMBEDDING_CACHE_BYTES
+        while sum(e.nbytes for e in self.embeddings.values()) > min(n_most, _EMBEDDING_CACHE_BYTES):
+            self.embeddings.popitem(last=False)
+        return embedding
 
-    def _encode_one(self, handle: int, item: Patches) -> npt.NDArray[np.float32]:
-        code, why = native.explained(mtmd.mtmd_encode_chunk, self._projector, handle)
+    def _encode(self, prompt: Prompt, i: int, item: Patches) -> npt.NDArray[np.float32]:
+        t0 = time.perf_counter()
+        chunk = prompt.with_pixels(i)
+        code, why = native.explained(mtmd.mtmd_encode_chunk, self._projector, chunk)
         if code != 0:
             raise ImageError(f"picture {item.picture + 1} can't be encoded: {why}")
-        embedding = mtmd.mtmd_get_output_embd(self._projector)
-        return np.ctypeslib.as_array(embedding, (item.n_tokens, self._n_embd)).copy()
+        pointer = mtmd.mtmd_get_output_embd(self._projector)
+        embedding = np.ctypeslib.as_array(pointer, (item.n_tokens, self.n_embd)).copy()
+        self.n_encoded += 1
+        self.encode_s += time.perf_counter() - t0
+        return embedding
 
-    def _decode_items(
-        self, prompt: Prompt, start: int, embeddings: dict[int, npt.NDArray[np.float32]]
-    ) -> None:
+    def _decode_items(self, prompt: Prompt, start: int) -> None:
         text: list[int] = []
+        n_text_max = min(self._n_ubatch, (self.max_cells or 2**31) // 4)
+        n_pictures = sum(isinstance(item, Patches) for item in prompt.items[start:])
+        n_encoded = 0
         for i in range(start, len(prompt.items)):
             self._progress("prefill", self.n_tokens + len(text), prompt.n_tokens)
             item = prompt.items[i]
             if isinstance(item, int):
                 text.append(item)
             if text and (
-                len(text) == self._n_ubatch
+                len(text) == n_text_max
                 or i + 1 == len(prompt.items)
                 or not isinstance(prompt.items[i + 1], int)
             ):
+                self._make_room_in(prompt, len(text))
                 self._decode_text(text, want_logits=i + 1 == len(prompt.items))
                 text = []
             if isinstance(item, Patches):
-                self._decode_picture(prompt.handles[i], item, embeddings[i])
+                self._progress("encode", n_encoded, n_pictures)
+                embedding = self._embedding(prompt, i)
+                n_encoded += 1
+                self._progress("encode", n_encoded, n_pictures)
+                self._make_room_in(prompt, item.n_tokens)
+                self._decode_picture(prompt.placeholder(i), item, embedding)
         self._progress("prefill", prompt.n_tokens, prompt.n_tokens)
+
+    def _make_room_in(self, prompt: Prompt, n_new: int) -> None:
+        """Let the cache take `n_new` more tokens of a prompt."""
+        self._make_room(n_new)
+        n_rest = prompt.n_tokens - self.n_tokens
+        if self._is_probed and self.n_cells + n_rest <= (self.max_cells or self.n_ctx):
+            # the probe has done its work: the tokens themselves see more
+            self._is_probed = False
+            self.observe(min(self._window, n_rest))
 
     def _decode_text(self, tokens: list[int], *, want_logits: bool) -> None:
         batch, n_past = self._batch, self.n_past
@@ -502,7 +698,9 @@ class Engine:
         if not self.room:
             raise PromptError(f"the context of {self.n_ctx} is full: raise n_ctx")
         try:
+            self._make_room(1)
             self._decode_text([token], want_logits=True)
+            self._recall_more()
         except BaseException:
             self._recover()
             raise
@@ -547,25 +745,63 @@ class Engine:
             CspEdgeError: nothing was observed, or the device failed.
             Anything that the policy's own select() raises.
         """
-        assert self._hook, "made without prune=True"
+        assert self._hook, "this model's cache can't be pruned"
         try:
-            pruning = self._hook.prune(policy, self.n_tokens, inspect=inspect)
-            self.observe(0)
+            budget, window, recent = policy.resolve(self.n_tokens)
+            budget = min(budget, self._n_cells_pruned)
+            amounts = Resolved(budget, window, min(recent, budget))
+            is_recall = self._recall_type and self._n_evicted
+            change = self._hook.recall if is_recall else self._hook.prune
+            pruning = change(policy, amounts, inspect=inspect)
+            self._set_pruned(pruning)
+            self.observe(window if self.max_cells or self._recall_type else 0)
+            self._n_unrecalled = 0
+            self._resize(self.n_cells + _N_CELLS_STEP)
         except BaseException:
             self.clear()
             raise
+        return pruning
+
+    def _prune_to(self, n_cells: int) -> None:
+        """Make the cache hold no more than that, within max_cells."""
+        policy = self._policy
+        if not policy:
+            raise PolicyError(f"max_cells={self.max_cells} are full: prefill with a policy")
+        try:
+            _, window, recent = policy.resolve(self.n_tokens)
+            # where a prompt goes on, its last cells so far are like any other
+            recent = 0 if self._is_probed else min(recent, n_cells)
+            assert self._hook
+            pruning = self._hook.prune(policy, Resolved(n_cells, window, recent))
+            self._set_pruned(pruning)
+            if pruning.n_kept > n_cells:
+                raise PolicyError(
+                    f"{type(policy).__name__} keeps {pruning.n_kept} cells in one head, when asked "
+                    f"for {n_cells}: within max_cells use a policy that gives all heads as many"
+                )
+        except BaseException:
+            self.clear()
+            raise
+
+    @property
+    def _n_cells_pruned(self) -> int:
+        """Cells that pruning may leave: within max_cells some room stays."""
+        return self.max_cells - self.max_cells // 8 if self.max_cells else self.n_tokens
+
+    def _set_pruned(self, pruning: Pruning) -> None:
         self._n_pruned = len(self.items)
         self._n_evicted = self.n_tokens - pruning.n_kept
         self._n_recent = pruning.n_recent
-        return pruning
 
     def snapshot(self) -> Snapshot:
         """The cache as it is, with the observed queries, for restore(). It takes as much memory.
 
         Raises:
+            ModelError: the cache can't be copied.
             MemoryLimitError: it doesn't fit.
         """
-        assert self._hook, "made without prune=True"
+        if not self._hook:
+            raise self._no_snapshot()
         return Snapshot(
             self._hook.snapshot(),
             tuple(self.items),
@@ -574,7 +810,33 @@ class Engine:
             self._n_pruned,
             self._n_evicted,
             self._n_recent,
+            self._policy,
+            self._window,
+            self._is_probed,
+            self._n_unrecalled,
         )
+
+    def read_snapshot(self, read: Callable[[memoryview], object], n_bytes: int) -> CacheSnapshot:
+        """The cache of a snapshot, from the bytes that its write() gave. They are not trusted.
+
+        Raises:
+            ModelError: the cache can't be copied.
+            MemoryLimitError: they don't fit, once here and once in the cache.
+            CspEdgeError: they are damaged, or of another kind of cache.
+            Anything that `read` raises.
+        """
+        if not self._hook:
+            raise self._no_snapshot()
+        available = available_memory()
+        if available is not None and 2 * n_bytes > available:
+            raise MemoryLimitError(
+                f"no memory for a saved cache of {n_bytes / 2**20:.0f} MiB: twice as much is "
+                f"needed to read it, and {available / 2**20:.0f} MiB are free"
+            )
+        return self._hook.read_snapshot(read, n_bytes)
+
+    def _no_snapshot(self) -> ModelError:
+        return ModelError(f"{self.info.path}: its cache can't be pruned, nor copied or saved")
 
     def restore(self, snapshot: Snapshot) -> None:
         """Bring a snapshot's cache and queries back. `logits` stay those of the last token decoded.
@@ -584,7 +846,7 @@ class Engine:
         Raises:
             CspEdgeError: the cache is of another size since, or the queries don't fit.
         """
-        assert self._hook, "made without prune=True"
+        assert self._hook, "this model's cache can't be pruned"
         try:
             self._hook.restore(snapshot.cache)
         except BaseException:
@@ -594,6 +856,14 @@ class Engine:
         self.n_tokens, self.n_past = snapshot.n_tokens, snapshot.n_past
         self._n_pruned, self._n_evicted = snapshot.n_pruned, snapshot.n_evicted
         self._n_recent = snapshot.n_recent
+        self._policy, self._window = snapshot.policy, snapshot.window
+        self._is_probed, self._n_unrecalled = snapshot.is_probed, snapshot.n_unrecalled
+
+
+def _kv_type(name: str, value: str) -> int:
+    if value not in KV_TYPES:
+        raise OptionError(f"{name}={value!r}: choose one of {', '.join(KV_TYPES)}")
+    return int(KV_TYPES[value])
 
 
 def _checked(name: str, value: object, low: int, high: int) -> int:

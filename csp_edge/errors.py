@@ -46,5 +46,9 @@ class OptionError(CspEdgeError):
     """A setting other than the policy's makes no sense: sampling, cache type, threads."""
 
 
+class SessionError(CspEdgeError):
+    """A saved conversation can't be written or read, is damaged, or is another model's."""
+
+
 class MemoryLimitError(CspEdgeError):
     """There is not enough memory for the weights or the cache."""

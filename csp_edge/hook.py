@@ -3,7 +3,7 @@
 import ctypes
 import reprlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from csp_edge import native
-from csp_edge.errors import CspEdgeError, MemoryLimitError, ModelError, PolicyError
-from csp_edge.policies import LayerView, Policy
+from csp_edge.errors import CspEdgeError, MemoryLimitError, ModelError, OptionError, PolicyError
+from csp_edge.policies import LayerView, Policy, Resolved
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -73,6 +73,18 @@ class Snapshot:
         self.handle = handle
         weakref.finalize(self, native.csp_free_snapshot, handle)
 
+    def write(self, write: Callable[[memoryview], object]) -> None:
+        """Give it as bytes, piece by piece, for Hook.read_snapshot().
+
+        Raises:
+            MemoryLimitError: what is known of the cells doesn't fit a second time.
+            Anything that `write` raises.
+        """
+        failures: list[BaseException] = []
+        call = native.CspWrite(_stream(write, failures))
+        if not native.csp_write_snapshot(self.handle, call, None):
+            raise failures[0] if failures else MemoryLimitError(_last_error())
+
 
 class Hook:
     """Observes the queries of a context, and prunes its cache.
@@ -102,23 +114,73 @@ class Hook:
         if not native.csp_observe(self._csp, n_window):
             raise MemoryLimitError(f"no memory to observe {n_window} queries: {_last_error()}")
 
-    def prune(self, policy: Policy, n_tokens: int, *, inspect: bool = False) -> Pruning:
-        """Score, select and compact, for a conversation of `n_tokens`, evicted ones included.
+    def probe(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
+        """Observe the queries of tokens that are not to stay, each at its position, gaps allowed.
+
+        They are what prune() scores by until observe() is called again, whatever is decoded.
 
         Raises:
-            PolicyError: the policy makes no sense for this many tokens, or chose nonsense.
+            CspEdgeError: they can't be decoded.
+        """
+        array = ctypes.c_int32 * len(tokens)
+        if not native.csp_probe(self._csp, array(*tokens), array(*positions), len(tokens)):
+            raise CspEdgeError(f"probing failed: {_last_error()}")
+
+    @property
+    def n_cells(self) -> int:
+        """Cells that the cache has room for."""
+        return int(native.csp_n_cells(self._csp))
+
+    def resize(self, n_cells: int) -> None:
+        """Make room for `n_cells` cells, or a few more, and give back what is beyond.
+
+        Raises:
+            MemoryLimitError: they don't fit, or more are in use.
+        """
+        if not native.csp_resize(self._csp, n_cells):
+            raise MemoryLimitError(f"no cache of {n_cells} cells: {_last_error()}")
+
+    def keep_evicted(self, kv_type: int) -> None:
+        """From now on copy what is evicted to the host, as this ggml type, for recall().
+
+        Raises:
+            OptionError: the type won't do for this model.
+        """
+        if not native.csp_keep_evicted(self._csp, kv_type):
+            raise OptionError(f"evicted cells can't be kept: {_last_error()}")
+
+    def recall(self, policy: Policy, amounts: Resolved, *, inspect: bool = False) -> Pruning:
+        """Choose anew among all cells that there ever were, by the queries of a probe().
+
+        Arguments and errors as for prune().
+        """
+        return self._change(native.csp_recall, policy, amounts, inspect)
+
+    def prune(self, policy: Policy, amounts: Resolved, *, inspect: bool = False) -> Pruning:
+        """Score, select and compact.
+
+        Args:
+            amounts: the policy's own, by policy.resolve(), or others.
+
+        Raises:
+            PolicyError: the policy chose nonsense.
             CspEdgeError: nothing was observed, or the device failed.
             Anything that the policy's own select() raises.
         """
+        return self._change(native.csp_prune, policy, amounts, inspect)
+
+    def _change(self, change: Any, policy: Policy, amounts: Resolved, inspect: bool) -> Pruning:
         params = native.csp_default_params()
-        budget, params.window, recent = policy.resolve(n_tokens)
-        params.budget, params.recent = min(budget, n_tokens), min(recent, n_tokens)
+        params.budget, params.window, params.recent = amounts
         params.n_score = policy.n_score
         if policy.sink == "mass":
             params.sink = native.SINK_MASS
         elif policy.sink is not None:
             params.sink, params.n_decode = native.SINK_FIXED, policy.sink
-        params.keys = policy.needs_keys
+        if policy.needs_keys == "pictures":
+            params.keys = native.KEYS_MEDIA
+        elif policy.needs_keys:
+            params.keys = native.KEYS_ALL
         params.inspect = inspect
 
         failures: list[BaseException] = []
@@ -129,7 +191,7 @@ class Hook:
             params.policy_settings = ctypes.addressof(settings) if settings else None
         else:
             params.policy = _callback(policy, failures)
-        if not native.csp_prune(self._csp, params):
+        if not change(self._csp, params):
             if failures:
                 raise failures[0]
             raise CspEdgeError(f"pruning failed: {_last_error()}")
@@ -144,6 +206,25 @@ class Hook:
         handle = native.csp_take_snapshot(self._csp)
         if not handle:
             raise MemoryLimitError(f"no memory for a copy of the cache: {_last_error()}")
+        return Snapshot(handle)
+
+    def read_snapshot(self, read: Callable[[memoryview], object], n_bytes: int) -> Snapshot:
+        """A snapshot from the bytes that its write() gave. They are not trusted.
+
+        Args:
+            read: fills what it is given with the next bytes, of which there are `n_bytes`.
+
+        Raises:
+            CspEdgeError: they are damaged, or of another kind of cache.
+            Anything that `read` raises.
+        """
+        failures: list[BaseException] = []
+        call = native.CspRead(_stream(read, failures))
+        handle = native.csp_read_snapshot(self._csp, call, None, n_bytes)
+        if failures:
+            raise failures[0]
+        if not handle:
+            raise CspEdgeError(_last_error())
         return Snapshot(handle)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -188,6 +269,21 @@ class Hook:
             _heads(_array(layer.self, n_kv, n_cells), lengths) if inspect else None,
             _heads(_array(layer.cross, n_kv, n_cells), lengths) if inspect else None,
         )
+
+
+def _stream(
+    take: Callable[[memoryview], object], failures: list[BaseException]
+) -> Callable[[int, int, object], bool]:
+    """`take`, called with memory. What it raises can't pass through C: see failures."""
+
+    def call(data: int, size: int, _: object) -> bool:
+        try:
+            take(memoryview((ctypes.c_char * size).from_address(data)).cast("B"))
+        except BaseException as failure:
+            failures.append(failure)
+        return not failures
+
+    return call
 
 
 def _heads(rows: npt.NDArray[Any], lengths: Any) -> tuple[npt.NDArray[Any], ...]:

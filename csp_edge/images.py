@@ -1,5 +1,7 @@
 """Pictures from wherever they come, as RGB arrays."""
 
+from __future__ import annotations
+
 import base64
 import binascii
 import contextlib
@@ -13,6 +15,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,15 +26,14 @@ from PIL import Image, ImageOps
 
 from csp_edge.errors import ImageError
 
-Source: TypeAlias = (
-    str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[Any]
-)
-
 MAX_PIXELS = 64 * 1024**2
 # longer ones come out of the encoders' resizing without a single row
 MAX_ASPECT = 200
 MAX_DOWNLOAD = 64 * 1024**2  # bytes
 DOWNLOAD_SECONDS = 60.0
+
+_KNOWN_BYTES = 64 * 1024**2  # longer files are decoded each time
+_N_KNOWN = 4096
 
 # only decoders that check the size in the header and start no other programs
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -54,7 +57,163 @@ def load_image(
     Raises:
         ImageError: it can't be read, is empty, too large or too narrow, or is a URL not allowed.
     """
-    name = _name(source)
+    return _load(_name(source), source, max_pixels, allow_url)
+
+
+def image_key(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """16 bytes that name a picture by its content: equal for equal pixels and shape."""
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()
+
+
+class Picture:
+    """A picture that is known by its pixels, and loads them when they are asked for.
+
+    Attributes:
+        key: 16 bytes, see image_key.
+        width, height: of the upright picture, in pixels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        key: bytes,
+        width: int,
+        height: int,
+        digest: bytes = b"",
+    ) -> None:
+        self.key = key
+        self.width = width
+        self.height = height
+        self._name = name
+        self._source = source
+        self._digest = digest  # of the file
+        self._held: npt.NDArray[np.uint8] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self._name}, {self.width} x {self.height}>"
+
+    def hold(self, pixels: npt.NDArray[np.uint8] | None) -> None:
+        """Have these pixels ready for the next pixels()."""
+        self._held = pixels
+
+    def file(self) -> bytes:
+        """The encoded file that the pixels come from, or a PNG of them.
+
+        Raises:
+            ImageError: it can't be read any more, is very large, or is another file now.
+        """
+        if isinstance(self._source, (np.ndarray, Image.Image)):
+            file = io.BytesIO()
+            Image.fromarray(self.pixels()).save(file, "PNG")
+            self._source = file.getvalue()
+            self._digest = _digest(self._source)
+        data = _file(self._name, self._source, allow_url=False)
+        if isinstance(data, Path):
+            data = _read(self._name, data)
+        if isinstance(data, Path) or _digest(data) != self._digest:
+            raise ImageError(f"{self._name}: too large, or changed since it was opened")
+        return data
+
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """uint8 [height, width, 3], RGB, C-contiguous.
+
+        Raises:
+            ImageError: it can't be read any more, or is another picture now.
+        """
+        pixels, self._held = self._held, None
+        if pixels is None:
+            pixels = _load(self._name, self._source)
+            if image_key(pixels) != self.key:
+                raise ImageError(f"{self._name}: has changed since it was opened, send it again")
+        return pixels
+
+
+Source: TypeAlias = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | Image.Image
+    | npt.NDArray[Any]
+    | Picture
+)
+
+
+def remembered(key: bytes, width: int, height: int, data: bytes) -> Picture:
+    """A picture that was opened before, from its file's bytes. Empty: only its key is left.
+
+    Raises:
+        ImageError: the size is none that a picture has.
+    """
+    name = f"picture of {len(data)} bytes" if data else "picture whose file is gone"
+    _check_size(name, (width, height), MAX_PIXELS)
+    return Picture(name, data, key, width, height, _digest(data))
+
+
+class Pictures:
+    """Opens pictures, and knows files again by their bytes, without decoding them.
+
+    Args:
+        allow_url: fetch http(s) URLs. Of these the encoded file stays in memory.
+    """
+
+    def __init__(self, *, allow_url: bool = False) -> None:
+        self._allow_url = allow_url
+        self._known: OrderedDict[bytes, tuple[bytes, int, int]] = OrderedDict()
+
+    def open(self, sources: Iterable[Source]) -> list[Picture]:
+        """Pictures from all that load_image takes, one after the other.
+
+        One of those that had to be decoded holds its pixels, so that a single new one is not
+        decoded twice. The first: it is the first to be encoded.
+
+        Raises:
+            ImageError: as load_image.
+        """
+        pictures = []
+        is_held = False
+        for source in sources:
+            if isinstance(source, Picture):
+                pictures.append(source)
+                continue
+            picture, pixels = self._open(_name(source), source)
+            if pixels is not None and not is_held:
+                picture.hold(pixels)
+                is_held = True
+            del pixels
+            pictures.append(picture)
+        return pictures
+
+    def _open(self, name: str, source: Source) -> tuple[Picture, npt.NDArray[np.uint8] | None]:
+        data: Source = source
+        if not isinstance(source, (np.ndarray, Image.Image)):
+            data = _file(name, source, self._allow_url)
+            if _is_url(source):
+                source = data
+            if isinstance(data, Path):
+                data = _read(name, data)
+        digest = _digest(data) if isinstance(data, bytes) else b""
+        if digest in self._known:
+            return Picture(name, source, *self._known[digest], digest), None
+        pixels = _load(name, data)
+        height, width, _ = pixels.shape
+        picture = Picture(name, source, image_key(pixels), width, height, digest)
+        if digest:
+            self._known[digest] = picture.key, width, height
+            if len(self._known) > _N_KNOWN:
+                self._known.popitem(last=False)
+        return picture, pixels
+
+
+def _load(
+    name: str, source: Source, max_pixels: int = MAX_PIXELS, allow_url: bool = False
+) -> npt.NDArray[np.uint8]:
+    if isinstance(source, Picture):
+        return source.pixels()
     if isinstance(source, np.ndarray):
         if source.ndim >= 2:
             _check_size(name, source.shape[1::-1], max_pixels)
@@ -68,13 +227,6 @@ def load_image(
             return _decode(name, image, max_pixels)
 
 
-def image_key(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """16 bytes that name a picture by its content: equal for equal pixels and shape."""
-    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(pixels).data)
-    return digest.digest()
-
-
 def _name(source: object) -> str:
     match source:
         case str() | os.PathLike():
@@ -86,15 +238,17 @@ def _name(source: object) -> str:
             return "PIL image"
         case np.ndarray():
             return f"array of shape {source.shape}"
+        case Picture():
+            return source._name
     raise ImageError(f"a {type(source).__name__} is no picture: give a path, bytes, image or array")
 
 
-def _file(name: str, source: object, allow_url: bool) -> Path | io.BytesIO:
+def _file(name: str, source: object, allow_url: bool) -> Path | bytes:
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     elif isinstance(source, str) and source[:5].lower() == "data:":
         data = _from_data_uri(name, source)
-    elif isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
+    elif isinstance(source, str) and _is_url(source):
         if not allow_url:
             raise ImageError(f"{name}: fetching URLs is off; allow it, or give the file itself")
         data = _download(name, source)
@@ -104,7 +258,22 @@ def _file(name: str, source: object, allow_url: bool) -> Path | io.BytesIO:
         return _path(name, source)
     if not data:
         raise ImageError(f"{name}: empty")
-    return io.BytesIO(data)
+    return data
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data).digest()
+
+
+def _is_url(source: object) -> bool:
+    return isinstance(source, str) and bool(re.match(r"https?://", source, re.IGNORECASE))
+
+
+def _read(name: str, path: Path) -> Path | bytes:
+    try:
+        return path.read_bytes() if path.stat().st_size <= _KNOWN_BYTES else path
+    except OSError as error:
+        raise ImageError(f"{name}: {error.strerror}") from None
 
 
 def _path(name: str, source: Any) -> Path:
@@ -168,11 +337,11 @@ def _download(name: str, url: str) -> bytes:
     return bytes(data)
 
 
-def _open(name: str, file: Path | io.BytesIO, max_pixels: int) -> Image.Image:
+def _open(name: str, file: Path | bytes, max_pixels: int) -> Image.Image:
     Image.init()
     formats = [form for form in FORMATS if form in Image.OPEN]
     try:
-        return Image.open(file, formats=formats)
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more than the limit of {max_pixels} pixels, scale it") from None
     except Exception as error:

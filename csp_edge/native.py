@@ -65,6 +65,7 @@ class CspView(ctypes.Structure):
         ("n_cells", ctypes.c_uint32),
         ("budget", ctypes.c_uint32),
         ("recent", ctypes.c_uint32),
+        ("n_threads", ctypes.c_uint32),
         ("token", ctypes.POINTER(ctypes.c_uint32)),
         ("modality", ctypes.POINTER(ctypes.c_int8)),
         ("self", ctypes.POINTER(ctypes.c_float)),
@@ -102,9 +103,9 @@ class CspParams(ctypes.Structure):
         ("n_score", ctypes.c_float),
         ("n_decode", ctypes.c_float),
         ("sink", ctypes.c_int),
+        ("keys", ctypes.c_int),
         ("policy", CspPolicy),
         ("policy_settings", ctypes.c_void_p),
-        ("keys", ctypes.c_bool),
         ("inspect", ctypes.c_bool),
     ]
 
@@ -147,10 +148,13 @@ class CspLayer(ctypes.Structure):
 
 
 SINK_NONE, SINK_FIXED, SINK_MASS = range(3)
+KEYS_NONE, KEYS_MEDIA, KEYS_ALL = range(3)
 
 
-def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(llama._lib, name)
+def _function(
+    name: str, result: Any, *arguments: Any, library: Any = llama._lib
+) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(library, name)
     function.restype = result  # type: ignore[attr-defined]
     function.argtypes = list(arguments)  # type: ignore[attr-defined]
     return function
@@ -158,12 +162,90 @@ def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
 
 csp_default_params = _function("llama_csp_default_params", CspParams)
 csp_last_error = _function("llama_csp_last_error", ctypes.c_char_p)
+csp_init_context = _function(
+    "llama_csp_init_context",
+    llama.llama_context_p_ctypes,
+    llama.llama_model_p_ctypes,
+    llama.llama_context_params,
+    ctypes.c_uint32,
+)
 csp_init = _function("llama_csp_init", ctypes.c_void_p, ctypes.c_void_p)
 csp_free = _function("llama_csp_free", None, ctypes.c_void_p)
 csp_observe = _function("llama_csp_observe", ctypes.c_bool, ctypes.c_void_p, ctypes.c_uint32)
+csp_probe = _function(
+    "llama_csp_probe",
+    ctypes.c_bool,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_int32),
+    ctypes.POINTER(ctypes.c_int32),
+    ctypes.c_uint32,
+)
+csp_resize = _function("llama_csp_resize", ctypes.c_bool, ctypes.c_void_p, ctypes.c_uint32)
+csp_n_cells = _function("llama_csp_n_cells", ctypes.c_uint32, ctypes.c_void_p)
 csp_prune = _function("llama_csp_prune", ctypes.c_bool, ctypes.c_void_p, CspParams)
+csp_keep_evicted = _function("llama_csp_keep_evicted", ctypes.c_bool, ctypes.c_void_p, ctypes.c_int)
+csp_recall = _function("llama_csp_recall", ctypes.c_bool, ctypes.c_void_p, CspParams)
 csp_take_snapshot = _function("llama_csp_take_snapshot", ctypes.c_void_p, ctypes.c_void_p)
 csp_restore = _function("llama_csp_restore", ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p)
 csp_free_snapshot = _function("llama_csp_free_snapshot", None, ctypes.c_void_p)
+CspWrite = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+CspRead = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+csp_write_snapshot = _function(
+    "llama_csp_write_snapshot", ctypes.c_bool, ctypes.c_void_p, CspWrite, ctypes.c_void_p
+)
+csp_read_snapshot = _function(
+    "llama_csp_read_snapshot",
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    CspRead,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+)
 csp_get_stats = _function("llama_csp_get_stats", CspStats, ctypes.c_void_p)
 csp_get_layer = _function("llama_csp_get_layer", CspLayer, ctypes.c_void_p, ctypes.c_uint32)
+
+
+# llama-csp-memory.h
+
+
+class CspMemory(ctypes.Structure):
+    _fields_ = [
+        ("weights", ctypes.c_uint64),
+        ("repacked", ctypes.c_uint64),
+        ("cache", ctypes.c_uint64),
+        ("compute", ctypes.c_uint64),
+        ("work", ctypes.c_uint64),
+        ("device_weights", ctypes.c_uint64),
+        ("device_cache", ctypes.c_uint64),
+        ("device_compute", ctypes.c_uint64),
+    ]
+
+
+csp_get_memory = _function("llama_csp_get_memory", CspMemory, llama.llama_context_p_ctypes)
+csp_free_device_memory = _function("llama_csp_free_device_memory", ctypes.c_uint64)
+
+
+# mtmd-csp-memory.h
+
+
+class MtmdCspMemory(ctypes.Structure):
+    _fields_ = [
+        ("weights", ctypes.c_uint64),
+        ("compute", ctypes.c_uint64),
+        ("work", ctypes.c_uint64),
+        ("n_tiles", ctypes.c_uint32),
+        ("nx", ctypes.c_uint32),
+        ("ny", ctypes.c_uint32),
+        ("n_tokens", ctypes.c_uint32),
+        ("n_embd", ctypes.c_uint32),
+    ]
+
+
+mtmd_csp_get_memory = _function(
+    "mtmd_csp_get_memory",
+    ctypes.c_bool,
+    ctypes.c_char_p,
+    ctypes.c_uint64,
+    ctypes.POINTER(MtmdCspMemory),
+    library=mtmd._libmtmd,
+)

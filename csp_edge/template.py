@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -59,6 +59,28 @@ class Message:
     def pictures(self) -> list[Source]:
         """Where its pictures come from, in order."""
         return [part.source for part in self.parts if isinstance(part, Picture)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """In OpenAI's shape, what normalize_messages takes."""
+        content = [
+            {"type": "text", "text": part.text}
+            if isinstance(part, Text)
+            else {"type": "image", "image": part.source}
+            for part in self.parts
+        ]
+        return {"role": self.role, "content": content}
+
+
+def replace_pictures(messages: Sequence[Message], sources: Iterable[Source]) -> list[Message]:
+    """The messages, each picture coming from the next of `sources` instead."""
+    left = iter(sources)
+    return [
+        Message(
+            message.role,
+            tuple(p if isinstance(p, Text) else Picture(next(left)) for p in message.parts),
+        )
+        for message in messages
+    ]
 
 
 def normalize_messages(

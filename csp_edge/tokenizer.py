@@ -1,21 +1,20 @@
 """Text and pictures to tokens, and tokens to text."""
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
 from csp_edge import native
 from csp_edge.errors import ImageError, ProjectorError, PromptError
-from csp_edge.images import image_key
+from csp_edge.images import Picture
 from csp_edge.native import llama, mtmd
 
-Pixels: TypeAlias = npt.NDArray[np.uint8]
+# of these mtmd pads or numbers a picture by what stands before it in the prompt
+_POSITIONAL = {"deepseek4v", "hunyuanvl"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +34,70 @@ class Patches:
 Item: TypeAlias = int | Patches  # a token of text, or what came from a picture
 
 
-class Prompt:
-    """Tokens and pictures ready for prefill(). A context manager: leaving it frees the pixels."""
+class _Tile:
+    """Where mtmd's chunk of some patches comes from, and that chunk without its pixels.
 
-    def __init__(self, items: list[Item], handles: dict[int, int], chunks: int | None) -> None:
+    Args:
+        parts: what was tokenized together.
+        picture: which of the pictures in it this is a tile of.
+        index: which of the chunks that came out.
+        chunk: that chunk.
+    """
+
+    def __init__(
+        self, parts: Sequence[str | Picture], picture: int, index: int, chunk: int
+    ) -> None:
+        self.parts = parts
+        self.picture = picture
+        self.index = index
+        self.placeholder: int = mtmd.mtmd_input_chunk_get_placeholder(chunk)
+        weakref.finalize(self, mtmd.mtmd_input_chunk_free, self.placeholder)
+
+
+class Prompt:
+    """Tokens and pictures ready for prefill(). A context manager: leaving it frees the pictures.
+
+    No more than one picture is held as mtmd makes it for the encoder: the last one asked for.
+    """
+
+    def __init__(
+        self, items: list[Item], tiles: Sequence[_Tile] = (), tokenizer: "Tokenizer | None" = None
+    ) -> None:
         self.items = items
         self.n_tokens = sum(1 if isinstance(item, int) else item.n_tokens for item in items)
         self.n_pos = sum(1 if isinstance(item, int) else item.n_pos for item in items)
-        self.handles = handles
-        self._chunks = chunks
+        places = (i for i, item in enumerate(items) if isinstance(item, Patches))
+        self._tiles = dict(zip(places, tiles, strict=True))
+        self._tokenizer = tokenizer
+        self._loaded: tuple[int, int] | None = None  # a picture, and the chunks that it is in
+
+    def placeholder(self, i: int) -> int:
+        """mtmd's chunk of item `i`, good for decoding an embedding of it."""
+        return self._tiles[i].placeholder
+
+    def with_pixels(self, i: int) -> int:
+        """mtmd's chunk of item `i`, good for encoding, until another picture's is asked for.
+
+        Raises:
+            ImageError: the picture can't be read any more, or is another one now.
+        """
+        item, tile = self.items[i], self._tiles[i]
+        assert isinstance(item, Patches) and self._tokenizer
+        if not self._loaded or self._loaded[0] != item.picture:
+            self._unload()
+            chunks = self._tokenizer._chunks(tile.parts, with_pixels=tile.picture)
+            self._loaded = item.picture, chunks
+        chunk: int = mtmd.mtmd_input_chunks_get(self._loaded[1], tile.index)
+        if not chunk or mtmd.mtmd_input_chunk_get_n_tokens(chunk) != item.n_tokens:
+            raise ImageError(
+                f"picture {item.picture + 1}: with pixels it has other tiles, scale it"
+            )
+        return chunk
+
+    def _unload(self) -> None:
+        if self._loaded:
+            mtmd.mtmd_input_chunks_free(self._loaded[1])
+        self._loaded = None
 
     def __enter__(self) -> "Prompt":
         return self
@@ -51,10 +105,8 @@ class Prompt:
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._chunks:
-            mtmd.mtmd_input_chunks_free(self._chunks)
-        self._chunks = None
-        self.handles = {}
+        self._unload()
+        self._tiles.clear()
 
 
 class Tokenizer:
@@ -63,36 +115,41 @@ class Tokenizer:
     Args:
         path: the model's file, for messages.
         model, projector: llama.cpp's; the projector may be None.
+        projector_type: as in its file.
     """
 
-    def __init__(self, path: Path, model: Any, projector: Any) -> None:
+    def __init__(self, path: Path, model: Any, projector: Any, projector_type: str) -> None:
         self._path = path
         self._vocab = llama.llama_model_get_vocab(model)
         self._projector = projector
+        self._is_positional = projector_type in _POSITIONAL
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
 
-    def tokenize(self, parts: Sequence[str | Pixels]) -> Prompt:
-        """A prompt of texts and pictures (uint8 [height, width, 3]).
+    def tokenize(self, parts: Sequence[str | Picture]) -> Prompt:
+        """A prompt of texts, each tokenized alone, and pictures.
 
         Raises:
             PromptError: no tokens come out, or a text is not valid Unicode.
             ProjectorError: there are pictures and no projector.
             ImageError: the projector refuses a picture.
         """
-        if any(not isinstance(part, str) for part in parts):
-            items, handles, chunks = self._tokenize_pictures(parts)
-        else:
-            text = "".join(part for part in parts if isinstance(part, str))
-            items, handles, chunks = list[Item](self._tokenize_text(text)), {}, None
-
+        items: list[Item] = []
+        tiles: list[_Tile] = []
+        n_pictures = 0
+        has_pictures = any(isinstance(part, Picture) for part in parts)
+        for group in [parts] if has_pictures and self._is_positional else [[p] for p in parts]:
+            match group:
+                case [str() as text]:
+                    items += self._tokenize_text(text)
+                case _:
+                    n_pictures += self._lay_out(group, n_pictures, items, tiles)
         # a template may have written it already
         bos = llama.llama_vocab_bos(self._vocab)
         if llama.llama_vocab_get_add_bos(self._vocab) and items[:1] != [bos]:
             items = [bos, *items]
-            handles = {i + 1: handle for i, handle in handles.items()}
         if not items:
             raise PromptError("the prompt is empty: write something")
-        return Prompt(items, handles, chunks)
+        return Prompt(items, tiles, self)
 
     def _tokenize_text(self, text: str) -> list[int]:
         data = _utf8(text)
@@ -102,27 +159,67 @@ class Tokenizer:
             raise PromptError(f"the prompt of {len(data)} bytes can't be tokenized: shorten it")
         return list(tokens[:n])
 
-    def _tokenize_pictures(
-        self, parts: Sequence[str | Pixels]
-    ) -> tuple[list[Item], dict[int, int], int]:
+    def _lay_out(
+        self,
+        parts: Sequence[str | Picture],
+        n_before: int,
+        items: list[Item],
+        tiles: list[_Tile],
+    ) -> int:
+        """Append what comes of some parts, by the sizes of their pictures alone.
+
+        Returns:
+            How many pictures that were. There are `n_before` in the prompt before them.
+        """
+        pictures = [part for part in parts if isinstance(part, Picture)]
+        n_tiles = [0] * len(pictures)
+        chunks = self._chunks(parts)
+        try:
+            for i in range(mtmd.mtmd_input_chunks_size(chunks)):
+                chunk = mtmd.mtmd_input_chunks_get(chunks, i)
+                if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+                    n = ctypes.c_size_t()
+                    tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, n)
+                    items += tokens[: n.value]
+                    continue
+                picture = int(mtmd.mtmd_input_chunk_get_id(chunk))
+                key, tile = pictures[picture].key, n_tiles[picture]
+                items.append(self._patches(chunk, key, n_before + picture, tile))
+                tiles.append(_Tile(parts, picture, i, chunk))
+                n_tiles[picture] += 1
+        finally:
+            mtmd.mtmd_input_chunks_free(chunks)
+        return len(pictures)
+
+    def _patches(self, chunk: int, key: bytes, picture: int, tile: int) -> Patches:
+        n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+        grid = mtmd.mtmd_input_chunk_get_tokens_image(chunk)
+        n_cols, n_rows = _grid(
+            n_tokens, mtmd.mtmd_image_tokens_get_nx(grid), mtmd.mtmd_image_tokens_get_ny(grid)
+        )
+        n_pos = mtmd.mtmd_input_chunk_get_n_pos(chunk)
+        causal = not mtmd.mtmd_decode_use_non_causal(self._projector, chunk)
+        return Patches(key, picture, tile, n_tokens, n_pos, n_cols, n_rows, causal)
+
+    def _chunks(self, parts: Sequence[str | Picture], with_pixels: int | None = None) -> int:
+        """mtmd's chunks, to be freed, with the pixels of one of the pictures, or of none."""
         if not self._projector:
             raise ProjectorError(
                 f"{self._path}: pictures need a projector: put its mmproj file beside "
                 "the model, or give mmproj="
             )
-        keys = [image_key(part) for part in parts if not isinstance(part, str)]
         bitmaps: list[int] = []
-        chunks = mtmd.mtmd_input_chunks_init()
+        chunks: int = mtmd.mtmd_input_chunks_init()
         try:
             inputs = []
             for part in parts:
-                if isinstance(part, str):
+                if isinstance(part, Picture):
+                    bitmaps.append(_bitmap(part, len(bitmaps), with_pixels == len(bitmaps)))
+                    inputs.append(mtmd.mtmd_input_part(None, bitmaps[-1]))
+                else:
                     data = _utf8(part)
                     text = mtmd.mtmd_input_text(data, len(data), False, True)
                     inputs.append(mtmd.mtmd_input_part(ctypes.pointer(text), None))
-                else:
-                    bitmaps.append(_bitmap(part, len(bitmaps)))
-                    inputs.append(mtmd.mtmd_input_part(None, bitmaps[-1]))
             pointers = (ctypes.POINTER(mtmd.mtmd_input_part) * len(inputs))(
                 *map(ctypes.pointer, inputs)
             )
@@ -136,46 +233,13 @@ class Tokenizer:
             )
             if code != 0:
                 raise ImageError(f"the projector can't take these pictures: {why}")
-            items, handles = self._read_chunks(chunks, keys)
-            return items, handles, chunks
         except BaseException:
             mtmd.mtmd_input_chunks_free(chunks)
             raise
         finally:
             for bitmap in bitmaps:
                 mtmd.mtmd_bitmap_free(bitmap)
-
-    def _read_chunks(self, chunks: int, keys: list[bytes]) -> tuple[list[Item], dict[int, int]]:
-        items: list[Item] = []
-        handles: dict[int, int] = {}
-        n_tiles = [0] * len(keys)
-        for i in range(mtmd.mtmd_input_chunks_size(chunks)):
-            chunk = mtmd.mtmd_input_chunks_get(chunks, i)
-            n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-            if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-                n = ctypes.c_size_t()
-                items += mtmd.mtmd_input_chunk_get_tokens_text(chunk, n)[:n_tokens]
-                continue
-            picture = int(mtmd.mtmd_input_chunk_get_id(chunk))
-            grid = mtmd.mtmd_input_chunk_get_tokens_image(chunk)
-            n_cols, n_rows = _grid(
-                n_tokens, mtmd.mtmd_image_tokens_get_nx(grid), mtmd.mtmd_image_tokens_get_ny(grid)
-            )
-            handles[len(items)] = chunk
-            items.append(
-                Patches(
-                    keys[picture],
-                    picture,
-                    n_tiles[picture],
-                    n_tokens,
-                    mtmd.mtmd_input_chunk_get_n_pos(chunk),
-                    n_cols,
-                    n_rows,
-                    causal=not mtmd.mtmd_decode_use_non_causal(self._projector, chunk),
-                )
-            )
-            n_tiles[picture] += 1
-        return items, handles
+        return chunks
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token's text, none for a control token."""
@@ -205,9 +269,12 @@ class Tokenizer:
         return bool(llama.llama_vocab_is_eog(self._vocab, token))
 
 
-def _bitmap(pixels: Pixels, index: int) -> int:
-    height, width, _ = pixels.shape
-    data = np.ascontiguousarray(pixels).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+def _bitmap(picture: Picture, index: int, with_pixels: bool) -> int:
+    width, height, data = picture.width, picture.height, None
+    if with_pixels:
+        pixels = picture.pixels()
+        height, width, _ = pixels.shape
+        data = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
     bitmap: int = mtmd.mtmd_bitmap_init(width, height, data)
     mtmd.mtmd_bitmap_set_id(bitmap, b"%d" % index)
     return bitmap

@@ -16,11 +16,18 @@ import numpy.typing as npt
 from csp_edge.engine import Engine, Prefill, Progress
 from csp_edge.errors import CspEdgeError, OptionError, PolicyError, TemplateError
 from csp_edge.hook import Pruning
-from csp_edge.images import Source, load_image
+from csp_edge.images import Pictures, Source
 from csp_edge.model_files import find_model
 from csp_edge.policies import CSP, Full, Policy
 from csp_edge.sampling import Sampler, Sampling, TextStream, schema_to_grammar
-from csp_edge.template import ChatTemplate, Message, Text, normalize_messages
+from csp_edge.session import Session, save_session
+from csp_edge.template import (
+    ChatTemplate,
+    Message,
+    Text,
+    normalize_messages,
+    replace_pictures,
+)
 from csp_edge.tokenizer import Patches, Prompt
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
@@ -65,6 +72,8 @@ class PictureTokens:
 @dataclass(frozen=True, slots=True)
 class CacheFigures:
     """The KV cache before and after pruning. Bytes are those of K and V in the cells in use.
+
+    Within max_cells, the cells before are those that there would have been without that bound.
 
     pruning: what was kept, per layer and head. None: nothing was evicted.
     """
@@ -113,6 +122,7 @@ class ChatResult:
 class _Start:
     """A prompt that is in the cache, pruned, and the first token of its answer."""
 
+    messages: list[Message]
     token: int | None
     prompt: Prompt
     prefill: Prefill
@@ -182,6 +192,8 @@ class ChatStream(Iterator[str]):
             self._pieces.close()
             self._sampler.close()
             self.result = self._result()
+            answer = Message("assistant", (Text(self.result.text),))
+            self._vlm._messages = [*self._start.messages, answer]
             self._vlm._release()
 
     def _result(self) -> ChatResult:
@@ -232,10 +244,18 @@ class EdgeVLM:
     Args:
         path: a model's GGUF file, or a folder that holds one. A projector beside it is found.
         mmproj: the projector's file.
-        n_ctx: cells of the KV cache. None: what the model and the prompt need.
+        memory: bytes of the host's memory, like "4GiB", that this process stays within: what
+            doesn't fit of a conversation is pruned as with max_cells, and the cache's type, the
+            batches and the size of pictures are chosen so that the most is kept: csp_edge.plan.
+        n_ctx: cells that the KV cache may grow to. None: as many as the model knows positions.
+        max_cells: cells that the KV cache never exceeds, however long the prompt is: what doesn't
+            fit is pruned while the prompt is read, and while the answer is written.
+        recall: keep what is evicted in the host's memory, and let each question choose anew among
+            all that there ever was. A type as for kv_type to keep it in; True: kv_type.
         n_threads: None: one for each CPU.
         n_gpu_layers: layers to offload, -1: all.
-        kv_type: type of K and V in the cache: f32, f16, bf16, q8_0 or q4_0.
+        kv_type: type of K and V in the cache: f32, f16, bf16, q8_0 or q4_0. None: f16, or what
+            loses least within `memory`.
         cache: what is kept of each prompt: CSP(...), another of csp_edge.policies, or Full().
         allow_urls: fetch pictures given as http(s) URLs.
         progress: called with ("load" | "encode" | "prefill", done, total).
@@ -254,33 +274,58 @@ class EdgeVLM:
         path: str | PathLike[str],
         *,
         mmproj: str | PathLike[str] | None = None,
+        memory: int | str | None = None,
         n_ctx: int | None = None,
+        max_cells: int | None = None,
+        recall: bool | str = False,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
-        kv_type: str = "f16",
+        kv_type: str | None = None,
         cache: Policy | Full = CSP(),  # noqa: B008
         allow_urls: bool = False,
         progress: Progress | None = None,
     ) -> None:
         if not isinstance(cache, (Policy, Full)):
             raise PolicyError(f"cache={cache!r}: give a policy like CSP(...), or Full()")
+        if max_cells is not None and not isinstance(cache, Policy):
+            raise PolicyError(f"max_cells={max_cells!r}: cache={cache!r} can't hold it: give CSP()")
         files = find_model(path)
+        projector = files.mmproj if mmproj is None else Path(mmproj)
         self.cache = cache
-        self._allow_urls = allow_urls
+        self._pictures = Pictures(allow_url=allow_urls)
+        fitted: dict[str, Any] = {}
+        if memory is not None:
+            if max_cells is not None or recall:
+                other = "max_cells" if max_cells is not None else "recall"
+                raise OptionError(f"memory={memory!r} and {other}: give one of them")
+            fitted = _fit(files.model, projector, memory, kv_type, n_gpu_layers, cache)
+            n_ctx, max_cells = fitted.pop("n_ctx", n_ctx), fitted.pop("max_cells", None)
+            kv_type = fitted.pop("kv_type")
+        kv_type = kv_type or "f16"
         self.engine = Engine(
             files.model,
-            files.mmproj if mmproj is None else Path(mmproj),
+            projector,
             n_ctx=n_ctx,
+            max_cells=max_cells,
+            recall=kv_type if recall is True else recall or None,
             n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,
             kv_type=kv_type,
             prune=isinstance(cache, Policy),
             progress=progress,
+            **fitted,
         )
         self._close = weakref.finalize(self, self.engine.close)
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._stream: weakref.ref[ChatStream] | None = None
+        self._messages: list[Message] = []
+        self._settings = {
+            "n_ctx": n_ctx,
+            "max_cells": max_cells,
+            "recall": recall,
+            "kv_type": kv_type,
+        }
         try:
             self._template = ChatTemplate(
                 self.engine.chat_template,
@@ -297,6 +342,59 @@ class EdgeVLM:
     def demo(cls, **options: Any) -> "EdgeVLM":
         """The small model in this package. It knows drawn scenes; options as for EdgeVLM."""
         return cls(_DEMO_MODEL, **options)
+
+    @classmethod
+    def load(
+        cls, path: str | PathLike[str], model: str | PathLike[str] | None = None, **options: Any
+    ) -> "EdgeVLM":
+        """A conversation that save() wrote, where it stood: `messages` are those so far.
+
+        The same tokens give the same logits as they would have before. No picture is encoded again.
+
+        Args:
+            path: the file.
+            model: the model's file or folder, if it is no longer where it was.
+            options: as for EdgeVLM. n_ctx, max_cells, recall, kv_type and cache are the saved ones
+                where they are not given.
+
+        Raises:
+            SessionError: the file can't be read, is damaged, or is of another version, model,
+                projector or kv_type.
+            Whatever EdgeVLM raises.
+        """
+        with Session(path) as session:
+            vlm = cls(**session.options(model, options))
+            try:
+                vlm._messages = session.restore(vlm.engine, vlm.cache)
+            except BaseException:
+                vlm.close()
+                raise
+        return vlm
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the conversation to a file, with the cache, the pictures and what was said.
+
+        Whatever happens meanwhile, the file then is the old one or the new one. It is for the same
+        model, projector and kv_type. Only the policies of this package are saved with it.
+
+        Raises:
+            SessionError: it can't be written.
+            ModelError: the model's cache can't be saved.
+            MemoryLimitError: a copy of the cache doesn't fit.
+        """
+        self._acquire()
+        try:
+            save_session(path, self.engine, self._messages, self.cache, self._settings)
+        finally:
+            self._release()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation so far: what the last chat was given, and its answer, for the next one.
+
+        vlm.chat([*vlm.messages, {"role": "user", "content": "And in image 2?"}])
+        """
+        return [message.as_dict() for message in self._messages]
 
     @overload
     def chat(
@@ -397,6 +495,7 @@ class EdgeVLM:
         self._acquire()
         try:
             self.engine.clear()
+            self._messages = []
         finally:
             self._release()
 
@@ -448,7 +547,7 @@ class EdgeVLM:
     def tokenize(self, messages: Sequence[Message]) -> Prompt:
         """The prompt that asks for the next answer, for the engine.
 
-        It holds the pictures: close it.
+        It holds pictures: close it.
 
         Raises:
             ImageError: a picture can't be read.
@@ -456,7 +555,7 @@ class EdgeVLM:
             TemplateError: the chat template refuses the messages.
         """
         sources = [source for message in messages for source in message.pictures]
-        pictures = [load_image(source, allow_url=self._allow_urls) for source in sources]
+        pictures = self._pictures.open(sources)
         texts = self._template.render(messages).split(_MARKER)
         parts: list[Any] = [texts[0]]
         for picture, text in zip(pictures, texts[1:], strict=True):
@@ -467,29 +566,35 @@ class EdgeVLM:
 
     def _begin(self, messages: Sequence[Message], sampler: Sampler, room: int) -> _Start:
         t0 = time.perf_counter()
+        pictures = self._pictures.open([s for message in messages for s in message.pictures])
+        messages = replace_pictures(messages, pictures)
         with self.tokenize(messages) as prompt:
-            policy = self.cache
+            policy = self.cache if isinstance(self.cache, Policy) else None
             budget = window = 0
-            if isinstance(policy, Policy):
+            if policy:
                 budget, window, _ = policy.resolve(prompt.n_tokens)
-            is_pruned = 0 < budget < prompt.n_tokens
-            prefill = self.engine.prefill(prompt, room=room, window=window if is_pruned else 0)
+                if budget >= prompt.n_tokens and not self.engine.max_cells:
+                    policy, window = None, 0
+            prefill = self.engine.prefill(prompt, room=room, window=window, policy=policy)
+        for picture in pictures:
+            picture.hold(None)
         # drawn from the whole prompt: pruning takes nothing from the first token
         token = sampler.sample(self.engine.logits)
 
         t1 = time.perf_counter()
-        n_cells, pruning = self.engine.n_cells, None
-        if isinstance(policy, Policy) and is_pruned and budget < n_cells:
+        pruning = None
+        if policy and (budget < prefill.n_cells or self.engine.n_cells < prefill.n_cells):
             pruning = self.engine.prune(policy)
-        else:
+        elif not self.engine.max_cells:
             self.engine.observe(0)
         t2 = time.perf_counter()
 
-        n_kept, n_bytes = self.engine.n_cells, self.engine.bytes_per_cell
+        n_cells, n_kept = prefill.n_cells, self.engine.n_cells
+        n_bytes = self.engine.bytes_per_cell
         # layers with a sliding window are not pruned
         share = len(pruning.layers) / self.engine.info.n_layer if pruning else 1.0
         figures = CacheFigures(
-            policy,
+            self.cache,
             n_cells,
             n_kept,
             round(n_cells * n_bytes),
@@ -497,7 +602,31 @@ class EdgeVLM:
             _pictures(prompt),
             pruning,
         )
-        return _Start(token, prompt, prefill, figures, t2 - t1, t2 - t0)
+        return _Start(messages, token, prompt, prefill, figures, t2 - t1, t2 - t0)
+
+
+def _fit(
+    model: Path,
+    mmproj: Path | None,
+    memory: int | str,
+    kv_type: str | None,
+    n_gpu_layers: int,
+    cache: Policy | Full,
+) -> dict[str, Any]:
+    """The engine's settings by which a chat stays within `memory`."""
+    from csp_edge.plan import plan
+
+    planned = plan(
+        model, mmproj, memory, kv_type=kv_type or "auto", n_gpu_layers=n_gpu_layers, policy=cache
+    )
+    bound = "max_cells" if isinstance(cache, Policy) else "n_ctx"
+    return {
+        bound: planned.n_cells,
+        "kv_type": planned.kv_type,
+        "n_ubatch": planned.n_ubatch,
+        "mmap": planned.mmap,
+        "max_image_tokens": planned.max_image_tokens,
+    }
 
 
 def _pieces(

@@ -1,5 +1,6 @@
 #include "csp.h"
 
+#include "llama-context.h"
 #include "llama-impl.h"
 
 #include <algorithm>
@@ -55,6 +56,14 @@ static std::vector<T> csp_concat(const std::vector<uint32_t> & hs, F && row) {
     return res;
 }
 
+bool llama_csp::needs_keys(const std::vector<head_cells> & heads, const llama_csp_params & params) {
+    const bool has_media = std::any_of(heads.begin(), heads.end(), [](const head_cells & head) {
+        return std::find(head.modality.begin(), head.modality.end(), LLAMA_CSP_MODALITY_MEDIA) != head.modality.end();
+    });
+
+    return params.keys == LLAMA_CSP_KEYS_ALL || (params.keys == LLAMA_CSP_KEYS_MEDIA && has_media);
+}
+
 std::vector<llama_csp::head_choice> llama_csp::choose(uint32_t i_layer, const std::vector<head_cells> & heads, const llama_csp_params & params) const {
     const auto & l = layers[i_layer];
 
@@ -93,11 +102,12 @@ std::vector<llama_csp::head_choice> llama_csp::choose(uint32_t i_layer, const st
             /*.n_cells       =*/ n_cells,
             /*.budget        =*/ params.budget,
             /*.recent        =*/ params.recent,
+            /*.n_threads     =*/ ctx.n_threads_batch(),
             /*.token         =*/ token   .data(),
             /*.modality      =*/ modality.data(),
             /*.self          =*/ self    .data(),
             /*.cross         =*/ cross   .data(),
-            /*.k             =*/ params.keys ? k.data() : nullptr,
+            /*.k             =*/ needs_keys(heads, params) ? k.data() : nullptr,
         };
 
         llama_csp_choice choice = { n_kept.data(), kept.data(), merge.data() };

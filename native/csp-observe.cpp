@@ -25,11 +25,17 @@ public:
 void llama_csp::observe(uint32_t n_window_new) {
     update_index();
 
-    // more tokens than cells are never seen
-    n_window_new = std::min(n_window_new, kv.get_size());
+    // more tokens are never seen
+    n_window_new = std::min(n_window_new, ctx.get_cparams().n_ctx);
 
     n_observed = 0;
     i_row      = 0;
+
+    if (is_holding) {
+        reset_graphs();
+
+        is_holding = false;
+    }
 
     if (n_window_new != n_window) {
         // graphs and copies in flight may still use the old ring
@@ -46,6 +52,12 @@ void llama_csp::observe(uint32_t n_window_new) {
         window.resize(n_window_new);
         n_window = n_window_new;
     }
+}
+
+void llama_csp::hold() {
+    reset_graphs();
+
+    is_holding = true;
 }
 
 void llama_csp::build_observe(const llm_graph_context & graph, layer & l, ggml_tensor * q) {

@@ -42,10 +42,29 @@ struct csp_attn_graph : csp_graph {
     ggml_tensor * attn;   // F32 [n_cells, n_q, n_head]
 };
 
+ggml_tensor * csp_build_logits(csp_graph & graph, const llama_csp::layer & l, ggml_tensor * q, ggml_tensor * k) {
+    auto * ctx0 = graph.ctx0;
+
+    const auto & hparams = graph.lctx.get_model().hparams;
+
+    q = ggml_permute(ctx0, ggml_reshape_3d(ctx0, q, l.n_embd_head_k, l.n_head,    q->ne[1]), 0, 2, 1, 3);
+    k = ggml_permute(ctx0, ggml_reshape_3d(ctx0, k, l.n_embd_head_k, l.n_head_kv, k->ne[1]), 0, 2, 1, 3);
+
+    ggml_tensor * res = ggml_mul_mat(ctx0, k, q);
+    ggml_prec_set_acc(res, GGML_PREC_F32);
+
+    // as in ggml_flash_attn_ext
+    if (hparams.attn_soft_cap) {
+        const float cap = hparams.f_attn_logit_softcapping;
+
+        return ggml_scale(ctx0, ggml_tanh(ctx0, ggml_scale(ctx0, res, l.kq_scale/cap)), cap);
+    }
+
+    return ggml_scale(ctx0, res, l.kq_scale);
+}
+
 csp_attn_graph::csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l, const llama_csp::cell_list & cells, std::vector<int32_t> rows_data, float n_score) :
     csp_graph(csp.ctx), csp(csp), l(l), cells(cells), rows_data(std::move(rows_data)), n_q(this->rows_data.size()), n_score(n_score) {
-    const auto & hparams = csp.ctx.get_model().hparams;
-
     const int64_t n_cells = cells.size();
 
     idxs = new_input(GGML_TYPE_I32, n_cells, 1);
@@ -57,20 +76,7 @@ csp_attn_graph::csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l
     q = ggml_get_rows(ctx0, l.q, rows);
     k = ggml_get_rows(ctx0, ggml_view_2d(ctx0, l.k, l.k->ne[0], l.k->ne[1], l.k->nb[1], 0), idxs);
 
-    ggml_tensor * qh = ggml_permute(ctx0, ggml_reshape_3d(ctx0, q, l.n_embd_head_k, l.n_head,    n_q),     0, 2, 1, 3);
-    ggml_tensor * kh = ggml_permute(ctx0, ggml_reshape_3d(ctx0, k, l.n_embd_head_k, l.n_head_kv, n_cells), 0, 2, 1, 3);
-
-    logits = ggml_mul_mat(ctx0, kh, qh);
-    ggml_prec_set_acc(logits, GGML_PREC_F32);
-
-    // as in ggml_flash_attn_ext
-    if (hparams.attn_soft_cap) {
-        const float cap = hparams.f_attn_logit_softcapping;
-
-        logits = ggml_scale(ctx0, ggml_tanh(ctx0, ggml_scale(ctx0, logits, l.kq_scale/cap)), cap);
-    } else {
-        logits = ggml_scale(ctx0, logits, l.kq_scale);
-    }
+    logits = csp_build_logits(*this, l, q, k);
 
     attn = ggml_soft_max_ext(ctx0, logits, mask, 1.0f, 0.0f);
     ggml_soft_max_add_sinks(attn, sink);
@@ -141,7 +147,7 @@ void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int3
 
         ggml_set_output(cur);
 
-        const bool want_keys = i_block == 0 && (params.inspect || params.keys);
+        const bool want_keys = i_block == 0 && (params.inspect || needs_keys(heads, params));
 
         if (params.inspect) {
             ggml_set_output(graph.q);

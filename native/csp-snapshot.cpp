@@ -4,6 +4,7 @@
 #include "llama-kv-cache-iswa.h"
 
 #include <stdexcept>
+#include <tuple>
 
 static std::vector<uint8_t> csp_get_rows(const ggml_tensor * t, uint32_t n_rows) {
     std::vector<uint8_t> res(n_rows*t->nb[1]);
@@ -50,10 +51,13 @@ llama_csp_snapshot * llama_csp::take_snapshot() {
     res->n_window   = n_window;
     res->n_observed = n_observed;
     res->i_row      = i_row;
+    res->is_holding = is_holding;
     res->window     = window;
 
     for (const auto & l : layers) {
         res->layers.push_back(l.index);
+        res->archives.emplace_back(l.archive_k, l.archive_v);
+        res->kq_scales.push_back(l.kq_scale);
         res->q.push_back(n_window > 0 ? csp_get_rows(l.q, n_window) : std::vector<uint8_t>());
     }
 
@@ -68,7 +72,7 @@ void llama_csp::restore(const llama_csp_snapshot & snapshot) {
     for (size_t i = 0; i < all.size(); ++i) {
         const auto & cur = snapshot.caches.at(i);
 
-        bool fits = snapshot.model == &ctx.get_model() && cur.cells.size() == all[i]->get_size();
+        bool fits = snapshot.model == &ctx.get_model() && cur.cells.size() <= ctx.get_cparams().n_ctx;
 
         for (size_t il = 0; fits && il < all[i]->layers.size(); ++il) {
             const auto & l = all[i]->layers[il];
@@ -78,6 +82,21 @@ void llama_csp::restore(const llama_csp_snapshot & snapshot) {
 
         if (!fits) {
             throw std::invalid_argument("the snapshot is of another kind of context");
+        }
+    }
+
+    if (is_archiving && snapshot.index.n_base > 0 && snapshot.archives.at(0).first.blocks.empty()) {
+        throw std::invalid_argument("the snapshot holds nothing of what was evicted");
+    }
+
+    ctx.get_memory()->clear(false);
+    update_index();
+
+    resize(snapshot.caches[0].cells.size());
+
+    for (size_t i = 1; i < all.size(); ++i) {
+        if (snapshot.caches[i].cells.size() > all[i]->get_size()) {
+            resize_cache(*all[i], snapshot.caches[i].cells.size());
         }
     }
 
@@ -98,7 +117,8 @@ void llama_csp::restore(const llama_csp_snapshot & snapshot) {
             csp_set_rows(all[i]->layers[il].v, cur.rows[2*il + 1]);
         }
 
-        all[i]->v_cells[0] = cur.cells;
+        all[i]->v_cells[0].reset();
+        all[i]->v_cells[0].set(0, cur.cells);
         all[i]->v_heads[0] = cur.head;
     }
 
@@ -107,12 +127,16 @@ void llama_csp::restore(const llama_csp_snapshot & snapshot) {
 
     n_observed = snapshot.n_observed;
     i_row      = snapshot.i_row;
+    is_holding = snapshot.is_holding;
     window     = snapshot.window;
 
     for (size_t il = 0; il < layers.size(); ++il) {
         auto & l = layers[il];
 
-        l.index = snapshot.layers[il];
+        l.index    = snapshot.layers[il];
+        l.kq_scale = std::max(l.kq_scale, snapshot.kq_scales[il]);
+
+        std::tie(l.archive_k, l.archive_v) = snapshot.archives[il];
 
         if (n_window > 0) {
             csp_set_rows(l.q, snapshot.q[il]);

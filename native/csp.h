@@ -7,9 +7,25 @@
 
 #include "ggml-cpp.h"
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 #include <vector>
+
+// rows of K or V on the host, which don't move as more of them come
+struct csp_rows {
+    static constexpr uint32_t N_BLOCK = 256;
+
+    ggml_type type   = GGML_TYPE_F32;
+    int64_t   n_embd = 0;
+
+    std::vector<std::vector<uint8_t>> blocks; // of N_BLOCK rows
+
+    size_t size() const; // of a row, in bytes
+
+    uint8_t *       row(uint32_t i);
+    const uint8_t * row(uint32_t i) const;
+};
 
 //
 // llama_csp
@@ -50,6 +66,9 @@ struct llama_csp {
 
         layer_index index;
 
+        csp_rows archive_k; // [n_embd_k_gqa, index.n_base] all tokens that have no cell of their own
+        csp_rows archive_v; // [n_embd_v_gqa, index.n_base]
+
         // of the last prune, if it was to be inspected
         std::vector<uint32_t> n_cells_data; // [n_head_kv]
         std::vector<uint32_t> token_data;   // [n_head_kv][n_cells]
@@ -74,11 +93,11 @@ struct llama_csp {
     struct cell_list {
         uint32_t n_chosen = 0;
 
-        std::vector<uint32_t>          idxs; // [n_cells] in the KV cache
+        std::vector<uint32_t>          idxs; // [n_cells] in the KV cache, none of archived tokens
         std::vector<llama_pos>         pos;  // [n_cells]
         std::vector<llama_kv_cell_ext> ext;  // [n_cells]
 
-        uint32_t size() const { return idxs.size(); }
+        uint32_t size() const { return pos.size(); }
     };
 
     // the cells of one KV head, without padding
@@ -140,6 +159,9 @@ struct llama_csp {
 
         int64_t t_score_us  = 0;
         int64_t t_select_us = 0;
+
+        // count what one more head keeps of n_cells
+        void add(const head_choice & choice, uint32_t n_cells);
     };
 
     // throws if the memory of the context can't be pruned
@@ -156,6 +178,9 @@ struct llama_csp {
     //
 
     void observe(uint32_t n_window_new);
+
+    // from now on keep the queries that the ring has
+    void hold();
 
     // write the newest queries of a ubatch to the ring
     void build_observe(const llm_graph_context & graph, layer & l, ggml_tensor * q);
@@ -174,9 +199,23 @@ struct llama_csp {
     uint32_t n_observed = 0; // rows in use
     uint32_t i_row      = 0; // the next row
 
+    bool is_holding = false;
+
     std::vector<query> window; // [n_window]
 
     bufs_t bufs_q;
+
+    //
+    // csp-probe.cpp
+    //
+
+    // decode tokens at positions with gaps between them, keep their queries, take the tokens back
+    void probe(const llama_token * tokens, const llama_pos * pos, uint32_t n_tokens);
+
+    void jump(llama_pos pos);
+    void decode_run(const llama_token * tokens, const llama_pos * pos, uint32_t n_tokens);
+
+    bool is_probing = false;
 
     //
     // csp-score.cpp
@@ -197,6 +236,9 @@ struct llama_csp {
     //
     // csp-choose.cpp
     //
+
+    // whether the policy is to see the keys of a layer
+    static bool needs_keys(const std::vector<head_cells> & heads, const llama_csp_params & params);
 
     // have the policy choose, returns [n_head_kv]. throws if it answers nonsense
     std::vector<head_choice> choose(uint32_t i_layer, const std::vector<head_cells> & heads, const llama_csp_params & params) const;
@@ -254,6 +296,44 @@ struct llama_csp {
     bufs_t bufs_pad;
 
     //
+    // csp-recall.cpp
+    //
+
+    // from now on, copy what is evicted to the host
+    void keep_evicted(ggml_type type);
+
+    // copy the cells that are not chosen, but for the last n_true
+    void archive(const cell_list & cells, uint32_t n_true);
+    void clear_archive();
+
+    // all tokens of the sequence, as they were before any was evicted
+    cell_list get_archived(const cell_list & cells) const;
+
+    // score and choose among them
+    pruning plan_recall(const cell_list & cells, const llama_csp_params & params);
+
+    void recall(const llama_csp_params & params);
+
+    bool is_archiving = false;
+
+    //
+    // csp-resize.cpp
+    //
+
+    // give the cache room for n_cells. throws and changes nothing if they don't fit
+    void resize(uint32_t n_cells);
+
+    // returns false if there is no memory for it
+    bool resize_layer(llama_kv_cache & cache, size_t i, uint32_t n_cells);
+    void resize_cache(llama_kv_cache & cache, uint32_t n_cells);
+    void resize_swa();
+
+    // plan the graphs of the context again, in buffers as small as they can be
+    void reserve();
+
+    static void set_n_ctx(llama_context & ctx, uint32_t n_ctx);
+
+    //
     // csp-snapshot.cpp
     //
 
@@ -264,6 +344,15 @@ struct llama_csp {
 
     // all caches of the context: a sliding window has its own
     std::vector<llama_kv_cache *> caches() const;
+
+    //
+    // csp-session.cpp
+    //
+
+    static void write_snapshot(const llama_csp_snapshot & snapshot, llama_csp_write write, void * user_data);
+
+    // throws if there are no such bytes, or they would not do as a snapshot of this context
+    llama_csp_snapshot * read_snapshot(llama_csp_read read, void * user_data, size_t size) const;
 
     //
     // llama-csp.cpp
@@ -291,6 +380,7 @@ struct llama_csp {
 
     // what is known once the cache was compacted
     void set_index(const pruning & plan, const llama_csp_params & params);
+    void set_stats(const pruning & plan, int64_t t_compact_us);
 
     // the cells of the pruned part are no longer in the cache: forget it
     bool is_index_gone() const;
@@ -307,9 +397,6 @@ struct llama_csp {
 
     // the graphs that were built with another state of ours must not be reused
     void reset_graphs();
-
-    // plan the graphs of the context again, as llama_context::memory_update() does after running one of its own
-    void reserve();
 
     seq_index index;
 
@@ -332,19 +419,28 @@ struct llama_csp_snapshot {
 
     std::vector<llama_csp::layer_index> layers;
 
+    std::vector<std::pair<csp_rows, csp_rows>> archives;
+
     const llama_model * model;
 
     // the observed queries
     uint32_t n_window;
     uint32_t n_observed;
     uint32_t i_row;
+    bool     is_holding;
 
     std::vector<llama_csp::query>     window;
     std::vector<std::vector<uint8_t>> q;
+    std::vector<float>                kq_scales;
 };
 
 // the logit of a sink that takes no attention. -inf would turn into NaN where two of them are compared
 static constexpr float CSP_SINK_EMPTY = -1e30f;
+
+// llama_kv_cache::get_n_kv() rounds up to 256: in a cache of any multiple of that the graphs are the same
+inline uint32_t csp_pad_cells(uint32_t n_cells) {
+    return std::max<uint32_t>(GGML_PAD(n_cells, 256), 256);
+}
 
 // a graph of ours on the scheduler of the context: build into ctx0 and gf, alloc(), set the inputs, compute(), read the outputs
 struct csp_graph {
@@ -360,6 +456,9 @@ struct csp_graph {
     ggml_context * ctx0;
     ggml_cgraph  * gf;
 };
+
+// F32 [n_cells, n_q, n_head] scaled, not masked. q: F32 [n_embd_head_k*n_head, n_q], k: F32 [n_embd_k_gqa, n_cells]
+ggml_tensor * csp_build_logits(csp_graph & graph, const llama_csp::layer & l, ggml_tensor * q, ggml_tensor * k);
 
 template<typename T>
 T * csp_find_input(const llm_graph_context & graph) {

@@ -167,6 +167,8 @@ llama_csp::llama_csp(llama_context & ctx) : ctx(ctx), kv(csp_get_kv_cache(ctx)) 
         throw std::runtime_error("no layer has full attention: there is nothing to prune");
     }
 
+    resize_swa();
+
     bufs_sink = csp_alloc(layers, &layer::sink, [](const layer & l) -> int64_t { return l.n_head; }, 1);
 
     ctx.cparams.csp = this;
@@ -186,18 +188,6 @@ void llama_csp::reset_graphs() {
         }
     }
     ctx.gf_res_prev_active = nullptr;
-}
-
-void llama_csp::reserve() {
-    const auto & cparams = ctx.get_cparams();
-
-    const uint32_t n_tokens = std::min(cparams.n_ctx, cparams.n_ubatch);
-
-    const auto mctx = ctx.get_memory()->init_full();
-
-    if (!ctx.graph_reserve(n_tokens, cparams.n_seq_max, std::min(n_tokens, cparams.n_outputs_max), mctx.get())) {
-        throw std::runtime_error("no memory for the compute buffers after pruning");
-    }
 }
 
 // has the graph built anew, without our sinks and masks, once the sequence is gone for which they stood
@@ -235,7 +225,7 @@ ggml_tensor * llama_csp::build_attn(
     }
 
     // other layers may reuse the cache of this one: its own queries score
-    if (it->il == il && n_window > 0 && q->ne[2] == graph.ubatch.n_tokens) {
+    if (it->il == il && n_window > 0 && !is_holding && q->ne[2] == graph.ubatch.n_tokens) {
         it->kq_scale = kq_scale;
 
         build_observe(graph, *it, q);
@@ -255,6 +245,10 @@ ggml_tensor * llama_csp::build_attn(
 }
 
 bool llama_csp::is_index_gone() const {
+    if (is_probing) {
+        return false;
+    }
+
     const auto & cells = kv.v_cells[0];
 
     if (index.n_base == 0 || cells.get_used() == 0) {
@@ -286,6 +280,8 @@ void llama_csp::update_index() {
     for (auto & l : layers) {
         l.index.mass.clear();
     }
+
+    clear_archive();
 }
 
 llama_pos llama_csp::pos_true() const {
@@ -359,6 +355,9 @@ void llama_csp::check(const llama_csp_params & params) {
     if (params.sink == LLAMA_CSP_SINK_FIXED && (!(params.n_decode > 0.0f) || std::isinf(params.n_decode))) {
         throw std::invalid_argument(format("n_decode = %g is not a finite number above 0", params.n_decode));
     }
+    if (params.keys < LLAMA_CSP_KEYS_NONE || params.keys > LLAMA_CSP_KEYS_ALL) {
+        throw std::invalid_argument(format("keys = %d is not a llama_csp_keys", params.keys));
+    }
 
     if (kv.get_has_shift()) {
         throw std::invalid_argument("positions were shifted since the last llama_decode()");
@@ -371,11 +370,14 @@ void llama_csp::check(const llama_csp_params & params) {
 
     update_index();
 
-    // queries of tokens that were taken back, and of those that were there when the cache was last pruned: in every
-    // head another part of what they saw is gone
-    take_back(pos_max + 1, {});
+    // queries of tokens that were taken back
+    if (!is_holding) {
+        take_back(pos_max + 1, {});
+    }
 
-    if (index.n_base > 0) {
+    // and of those that were there when the cache was last pruned: in every head another part of what they saw is gone,
+    // unless it is kept
+    if (index.n_base > 0 && !is_archiving) {
         drop_before(pos_true());
     }
 
@@ -431,22 +433,27 @@ llama_csp::pruning llama_csp::plan(const llama_csp_params & params) {
         res.t_select_us += t_selected_us - t_scored_us;
 
         for (uint32_t h = 0; h < l.n_head_kv; ++h) {
-            const auto & kept = choice[h].kept;
+            res.is_evicting = res.is_evicting || choice[h].kept.size() < heads[h].size();
 
-            res.is_evicting = res.is_evicting || kept.size() < heads[h].size();
-            res.is_ragged   = res.is_ragged   || kept.size() != res.choices[0][0].kept.size();
-
-            res.n_kept = std::max<uint32_t>(res.n_kept, kept.size());
-
-            uint32_t n_last = 0;
-            while (n_last < std::min<uint32_t>(res.n_true, kept.size()) && kept[kept.size() - n_last - 1] == n_cells - n_last - 1) {
-                n_last++;
-            }
-            res.n_true = n_last;
+            res.add(choice[h], n_cells);
         }
     }
 
     return res;
+}
+
+void llama_csp::pruning::add(const head_choice & choice, uint32_t n_cells) {
+    const auto & kept = choice.kept;
+
+    n_kept    = std::max<uint32_t>(n_kept, kept.size());
+    is_ragged = is_ragged || kept.size() != choices[0][0].kept.size();
+
+    uint32_t n_last = 0;
+    while (n_last < std::min<uint32_t>(n_true, kept.size()) && kept[kept.size() - n_last - 1] == n_cells - n_last - 1) {
+        n_last++;
+    }
+
+    n_true = n_last;
 }
 
 void llama_csp::prune(const llama_csp_params & params) {
@@ -463,9 +470,13 @@ void llama_csp::prune(const llama_csp_params & params) {
             alloc_pad();
         }
 
+        archive(cur.cells, cur.n_true);
+
         try {
             for (size_t il = 0; il < layers.size(); ++il) {
-                merge  (layers[il], cur.cells, cur.choices[il]);
+                if (!is_archiving) {
+                    merge(layers[il], cur.cells, cur.choices[il]);
+                }
                 compact(layers[il], cur.cells, cur.choices[il], cur.n_kept, cur.n_true);
             }
         } catch (...) {
@@ -477,21 +488,24 @@ void llama_csp::prune(const llama_csp_params & params) {
     }
 
     set_index(cur, params);
+    set_stats(cur, ggml_time_us() - t_start_us);
+}
 
+void llama_csp::set_stats(const pruning & plan, int64_t t_compact_us) {
     stats = {
         /*.n_layer         =*/ (uint32_t) layers.size(),
-        /*.n_cells         =*/ cur.cells.size(),
-        /*.n_kept          =*/ cur.n_kept,
-        /*.n_recent        =*/ cur.is_evicting ? cur.n_true : cur.cells.size() - cur.cells.n_chosen,
+        /*.n_cells         =*/ plan.cells.size(),
+        /*.n_kept          =*/ plan.n_kept,
+        /*.n_recent        =*/ plan.is_evicting ? plan.n_true : plan.cells.size() - plan.cells.n_chosen,
         /*.n_tokens        =*/ (uint32_t) index.pos.size(),
-        /*.n_window        =*/ (uint32_t) cur.rows.size(),
+        /*.n_window        =*/ (uint32_t) plan.rows.size(),
         /*.pos             =*/ nullptr,
         /*.modality        =*/ nullptr,
         /*.window_pos      =*/ nullptr,
         /*.window_modality =*/ nullptr,
-        /*.t_score_us      =*/ cur.t_score_us,
-        /*.t_select_us     =*/ cur.t_select_us,
-        /*.t_compact_us    =*/ ggml_time_us() - t_start_us,
+        /*.t_score_us      =*/ plan.t_score_us,
+        /*.t_select_us     =*/ plan.t_select_us,
+        /*.t_compact_us    =*/ t_compact_us,
     };
 }
 
@@ -597,15 +611,30 @@ llama_csp_params llama_csp_default_params(void) {
         /*.n_score         =*/ 1.0f,
         /*.n_decode        =*/ 1.0f,
         /*.sink            =*/ LLAMA_CSP_SINK_NONE,
+        /*.keys            =*/ LLAMA_CSP_KEYS_NONE,
         /*.policy          =*/ nullptr,
         /*.policy_settings =*/ nullptr,
-        /*.keys            =*/ false,
         /*.inspect         =*/ false,
     };
 }
 
 const char * llama_csp_last_error(void) {
     return csp_last_error.c_str();
+}
+
+llama_context * llama_csp_init_context(llama_model * model, llama_context_params params, uint32_t n_cells) {
+    const uint32_t n_ctx = csp_pad_cells(params.n_ctx > 0 ? params.n_ctx : llama_model_n_ctx_train(model));
+
+    // batches are cut to the size of the cache
+    params.n_ctx = std::min(n_ctx, csp_pad_cells(std::max(n_cells, params.n_batch)));
+
+    llama_context * res = llama_init_from_model(model, params);
+
+    if (res) {
+        llama_csp::set_n_ctx(*res, n_ctx);
+    }
+
+    return res;
 }
 
 llama_csp * llama_csp_init(llama_context * ctx) {
@@ -624,7 +653,19 @@ bool llama_csp_observe(llama_csp * csp, uint32_t n_window) {
     return csp_try([&] { csp->observe(n_window); });
 }
 
-bool llama_csp_prune(llama_csp * csp, llama_csp_params params) {
+bool llama_csp_probe(llama_csp * csp, const llama_token * tokens, const llama_pos * pos, uint32_t n_tokens) {
+    return csp_try([&] { csp->probe(tokens, pos, n_tokens); });
+}
+
+bool llama_csp_resize(llama_csp * csp, uint32_t n_cells) {
+    return csp_try([&] { csp->resize(n_cells); });
+}
+
+uint32_t llama_csp_n_cells(const llama_csp * csp) {
+    return csp->kv.get_size();
+}
+
+static bool csp_change(llama_csp * csp, llama_csp_params & params, void (llama_csp::*change)(const llama_csp_params &)) {
     if (!params.policy) {
         params.policy = llama_csp_policy_csp;
     }
@@ -633,11 +674,17 @@ bool llama_csp_prune(llama_csp * csp, llama_csp_params params) {
         return false;
     }
 
-    const bool res = csp_try([&] { csp->prune(params); });
+    const bool res = csp_try([&] { (csp->*change)(params); });
 
     if (!res) {
         csp->clear_inspection();
     }
+
+    return res;
+}
+
+bool llama_csp_prune(llama_csp * csp, llama_csp_params params) {
+    const bool res = csp_change(csp, params, &llama_csp::prune);
 
     // if this fails, the next llama_decode() plans its graph by itself
     const std::string error = csp_last_error;
@@ -647,6 +694,14 @@ bool llama_csp_prune(llama_csp * csp, llama_csp_params params) {
     csp_last_error = error;
 
     return res;
+}
+
+bool llama_csp_keep_evicted(llama_csp * csp, ggml_type type) {
+    return csp_try([&] { csp->keep_evicted(type); });
+}
+
+bool llama_csp_recall(llama_csp * csp, llama_csp_params params) {
+    return csp_change(csp, params, &llama_csp::recall);
 }
 
 llama_csp_snapshot * llama_csp_take_snapshot(llama_csp * csp) {
@@ -663,6 +718,18 @@ bool llama_csp_restore(llama_csp * csp, const llama_csp_snapshot * snapshot) {
 
 void llama_csp_free_snapshot(llama_csp_snapshot * snapshot) {
     delete snapshot;
+}
+
+bool llama_csp_write_snapshot(const llama_csp_snapshot * snapshot, llama_csp_write write, void * user_data) {
+    return csp_try([&] { llama_csp::write_snapshot(*snapshot, write, user_data); });
+}
+
+llama_csp_snapshot * llama_csp_read_snapshot(const llama_csp * csp, llama_csp_read read, void * user_data, size_t size) {
+    llama_csp_snapshot * res = nullptr;
+
+    csp_try([&] { res = csp->read_snapshot(read, user_data, size); });
+
+    return res;
 }
 
 llama_csp_stats llama_csp_get_stats(const llama_csp * csp) {

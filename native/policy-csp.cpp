@@ -8,7 +8,6 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <queue>
 
 // the automatic r of one head: the cross share of the scores of the cells to choose from
 static double csp_cross_ratio(const std::vector<double> & self, const std::vector<double> & cross) {
@@ -28,8 +27,10 @@ static double csp_distance(const int8_t * modality, size_t n) {
 // draws one by one: the value of a cell falls with every key that is drawn near it
 struct csp_distant_draw {
     csp_distant_draw(const llama_csp_view & view, uint32_t h, double lambda) :
-        keys(view, h), lambda(lambda), drawn(view.recent), cosine(view.n_cells, 0.0), n_seen(view.n_cells, 0) {
-        std::iota(drawn.begin(), drawn.end(), view.n_cells - view.recent);
+        keys(view, h), lambda(lambda), cosine(view.n_cells, 0.0), n_seen(view.n_cells, 0) {
+        for (uint32_t i = view.n_cells - view.recent; i < view.n_cells; ++i) {
+            keys.add(i);
+        }
     }
 
     // a score of 0 has no logarithm: take the least one that is not
@@ -49,48 +50,51 @@ struct csp_distant_draw {
             }
         };
 
-        std::priority_queue<entry> heap;
+        std::vector<entry> heap;
 
         for (const auto i : cand) {
-            heap.push({ value(score[i], i), i });
+            heap.push_back({ value(score[i], i), i });
         }
+
+        std::make_heap(heap.begin(), heap.end());
 
         std::vector<uint32_t> res;
 
         while (res.size() < n) {
-            const auto i = heap.top().i;
+            std::pop_heap(heap.begin(), heap.end());
 
-            heap.pop();
+            auto & cur = heap.back();
 
-            if (n_seen[i] == drawn.size()) {
-                res  .push_back(i);
-                drawn.push_back(i);
+            if (n_seen[cur.i] == keys.added.size()) {
+                res .push_back(cur.i);
+                keys.add      (cur.i);
+                heap.pop_back();
                 continue;
             }
 
-            for (; n_seen[i] < drawn.size(); ++n_seen[i]) {
-                const double cur = keys.cosine(i, drawn[n_seen[i]]);
+            // until another one may be better
+            do {
+                cosine[cur.i] = std::max(cosine[cur.i], keys.nearest(cur.i, n_seen[cur.i]).cosine);
 
-                cosine[i] = cur > cosine[i] ? cur : cosine[i];
-            }
+                cur.value = value(score[cur.i], cur.i);
+            } while (n_seen[cur.i] < keys.added.size() && !(cur < heap.front()));
 
-            heap.push({ value(score[i], i), i });
+            std::push_heap(heap.begin(), heap.end());
         }
 
         cand.clear();
 
-        for (; !heap.empty(); heap.pop()) {
-            cand.push_back(heap.top().i);
+        for (const auto & cur : heap) {
+            cand.push_back(cur.i);
         }
 
         return res;
     }
 
-    const csp_keys keys;
-    const double   lambda;
+    csp_keys     keys; // added: the recent cells, then those drawn
+    const double lambda;
 
-    std::vector<uint32_t> drawn;  // the recent cells first
-    std::vector<double>   cosine; // [n_cells] the largest with the keys of the first n_seen that were drawn, or 0
+    std::vector<double>   cosine; // [n_cells] the largest with the first n_seen keys that were added, or 0
     std::vector<uint32_t> n_seen; // [n_cells]
 };
 
@@ -119,27 +123,35 @@ static std::vector<uint32_t> csp_draw_both(
 bool llama_csp_policy_csp(const llama_csp_view * view, llama_csp_choice * choice, const void * settings) {
     const auto cfg = csp_settings<llama_csp_settings_csp>(settings, { -1.0, 0.0 });
 
-    if (!(cfg.cross_ratio <= 1.0) || !std::isfinite(cfg.distance) || (cfg.distance != 0.0 && !view->k)) {
+    if (!(cfg.cross_ratio <= 1.0) || !std::isfinite(cfg.distance)) {
         return false;
     }
 
     const auto cand = csp_candidates(*view);
 
+    std::vector<double> distance;
+
     for (uint32_t h = 0; h < view->n_head_kv; ++h) {
+        distance.push_back(cfg.distance >= 0.0 ? cfg.distance : csp_distance(view->modality + size_t(h)*view->n_cells, cand.size()));
+
+        if (distance[h] > 0.0 && !view->k) {
+            return false;
+        }
+    }
+
+    csp_for_heads(*view, [&](uint32_t h) {
         const auto first = size_t(h)*view->n_cells;
         const auto last  = first + cand.size();
-
-        const double distance = cfg.distance >= 0.0 ? cfg.distance : csp_distance(view->modality + first, cand.size());
 
         const std::vector<double> self (view->self  + first, view->self  + last);
         const std::vector<double> cross(view->cross + first, view->cross + last);
 
         const uint32_t n = view->budget - view->recent;
 
-        csp_keep(*view, choice, h, distance > 0.0
-            ? csp_draw_both(csp_distant_draw(*view, h, distance), cand, n, self, cross, cfg.cross_ratio)
-            : csp_draw_both(csp_draw,                             cand, n, self, cross, cfg.cross_ratio));
-    }
+        csp_keep(*view, choice, h, distance[h] > 0.0
+            ? csp_draw_both(csp_distant_draw(*view, h, distance[h]), cand, n, self, cross, cfg.cross_ratio)
+            : csp_draw_both(csp_draw,                                cand, n, self, cross, cfg.cross_ratio));
+    });
 
     return true;
 }

@@ -7,21 +7,19 @@
 #include <algorithm>
 #include <cmath>
 
-// the kept cell with the key nearest to that of cell i
-static uint32_t csp_nearest(const csp_keys & keys, uint32_t i, const uint32_t * kept, uint32_t n_kept) {
-    uint32_t res  = kept[0];
-    double   best = -HUGE_VAL;
+// the added cell with the key nearest to that of cell i
+static uint32_t csp_nearest(const csp_keys & keys, uint32_t i) {
+    csp_keys::neighbor res = { keys.added[0], -HUGE_VAL };
 
-    for (uint32_t j = 0; j < n_kept; ++j) {
-        const double cur = keys.cosine(i, kept[j]);
+    for (uint32_t n_seen = 0; n_seen < keys.added.size();) {
+        const auto cur = keys.nearest(i, n_seen);
 
-        if (cur > best) {
-            best = cur;
-            res  = kept[j];
+        if (cur.cosine > res.cosine) {
+            res = cur;
         }
     }
 
-    return res;
+    return res.i;
 }
 
 bool llama_csp_policy_lookm(const llama_csp_view * view, llama_csp_choice * choice, const void *) {
@@ -29,7 +27,7 @@ bool llama_csp_policy_lookm(const llama_csp_view * view, llama_csp_choice * choi
         return false;
     }
 
-    for (uint32_t h = 0; h < view->n_head_kv; ++h) {
+    csp_for_heads(*view, [&](uint32_t h) {
         const auto row = size_t(h)*view->n_cells;
 
         std::vector<uint32_t> text;
@@ -51,12 +49,16 @@ bool llama_csp_policy_lookm(const llama_csp_view * view, llama_csp_choice * choi
 
         csp_keep(*view, choice, h, drawn);
 
-        const csp_keys keys(*view, h);
+        csp_keys keys(*view, h);
+
+        for (uint32_t i = 0; i < choice->n_kept[h]; ++i) {
+            keys.add(choice->kept[row + i]);
+        }
 
         for (const auto i : media) {
-            choice->merge[row + i] = csp_nearest(keys, i, choice->kept + row, choice->n_kept[h]);
+            choice->merge[row + i] = csp_nearest(keys, i);
         }
-    }
+    });
 
     return true;
 }

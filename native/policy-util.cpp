@@ -1,8 +1,32 @@
 #include "policy-util.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <future>
 #include <numeric>
+
+void csp_for_heads(const llama_csp_view & view, const std::function<void(uint32_t)> & f) {
+    std::atomic<uint32_t> next = 0;
+
+    const auto work = [&] {
+        for (uint32_t h; (h = next++) < view.n_head_kv;) {
+            f(h);
+        }
+    };
+
+    std::vector<std::future<void>> others;
+
+    for (uint32_t i = 1; i < std::min(view.n_threads, view.n_head_kv); ++i) {
+        others.push_back(std::async(std::launch::async, work));
+    }
+
+    work();
+
+    for (auto & other : others) {
+        other.get();
+    }
+}
 
 std::vector<uint32_t> csp_candidates(const llama_csp_view & view) {
     std::vector<uint32_t> res(view.n_cells - view.recent);
@@ -79,44 +103,81 @@ std::vector<double> csp_pool(const std::vector<double> & score, const llama_csp_
     return res;
 }
 
-// in lanes, which the compiler puts into vector registers
-static double csp_dot(const float * a, const float * b, uint32_t n) {
-    constexpr uint32_t N_LANE = 16;
+// keys that are compared at once
+static constexpr uint32_t N_BLOCK = 32;
 
-    float sum[N_LANE] = {};
+// a key of 0 is as far from all others as can be
+static double csp_norm(const float * k, uint32_t n_embd) {
+    double sum = 0.0;
 
-    uint32_t i = 0;
-
-    for (; i + N_LANE <= n; i += N_LANE) {
-        for (uint32_t j = 0; j < N_LANE; ++j) {
-            sum[j] += a[i + j]*b[i + j];
-        }
+    for (uint32_t d = 0; d < n_embd; ++d) {
+        sum += double(k[d])*double(k[d]);
     }
 
-    for (; i < n; ++i) {
-        sum[0] += a[i]*b[i];
-    }
-
-    for (uint32_t m = N_LANE/2; m > 0; m /= 2) {
-        for (uint32_t j = 0; j < m; ++j) {
-            sum[j] += sum[j + m];
-        }
-    }
-
-    return double(sum[0]);
+    return sum > 0.0 ? std::sqrt(sum) : HUGE_VAL;
 }
 
 csp_keys::csp_keys(const llama_csp_view & view, uint32_t h) :
     data(view.k + size_t(h)*view.n_cells*view.n_embd_head_k), n_embd(view.n_embd_head_k), norm(view.n_cells) {
     for (uint32_t i = 0; i < view.n_cells; ++i) {
-        const float * k = data + size_t(i)*n_embd;
-
-        norm[i] = std::sqrt(csp_dot(k, k, n_embd));
+        norm[i] = csp_norm(data + size_t(i)*n_embd, n_embd);
     }
 }
 
-double csp_keys::cosine(uint32_t i, uint32_t j) const {
-    const double scale = norm[i]*norm[j];
+void csp_keys::add(uint32_t i) {
+    const size_t j = added.size()%N_BLOCK;
 
-    return scale > 0.0 ? csp_dot(data + size_t(i)*n_embd, data + size_t(j)*n_embd, n_embd)/scale : 0.0;
+    if (j == 0) {
+        blocks.resize(blocks.size() + size_t(n_embd)*N_BLOCK);
+    }
+
+    float * block = blocks.data() + blocks.size() - size_t(n_embd)*N_BLOCK;
+
+    for (uint32_t d = 0; d < n_embd; ++d) {
+        block[size_t(d)*N_BLOCK + j] = data[size_t(i)*n_embd + d];
+    }
+
+    added.push_back(i);
+}
+
+// the library is built for any x86-64, this loop takes the wider registers of most. no FMA, which rounds otherwise:
+// the same keys are drawn on all of them
+#if defined(__x86_64__) && defined(__GLIBC__)
+__attribute__((target_clones("avx2", "default")))
+#endif
+static void csp_dot(const float * k, const float * block, uint32_t n_embd, float * dot) {
+    float sum[N_BLOCK] = {};
+
+    for (uint32_t d = 0; d < n_embd; ++d) {
+        for (uint32_t j = 0; j < N_BLOCK; ++j) {
+            sum[j] += k[d]*block[j];
+        }
+
+        block += N_BLOCK;
+    }
+
+    std::copy(sum, sum + N_BLOCK, dot);
+}
+
+csp_keys::neighbor csp_keys::nearest(uint32_t i, uint32_t & n_seen) const {
+    const uint32_t first = n_seen/N_BLOCK*N_BLOCK;
+    const uint32_t last  = std::min<uint32_t>(first + N_BLOCK, added.size());
+
+    float dot[N_BLOCK];
+
+    csp_dot(data + size_t(i)*n_embd, blocks.data() + size_t(first)*n_embd, n_embd, dot);
+
+    neighbor res = { added[n_seen], -HUGE_VAL };
+
+    for (; n_seen < last; ++n_seen) {
+        const uint32_t j = added[n_seen];
+
+        const double cur = dot[n_seen - first]/(norm[i]*norm[j]);
+
+        if (cur > res.cosine) {
+            res = { j, cur };
+        }
+    }
+
+    return res;
 }

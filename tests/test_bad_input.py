@@ -283,28 +283,23 @@ def test_an_unknown_policy():
 
 
 def test_no_memory_for_the_cache(scenes, monkeypatch):
-    def touch(*_):
-        pytest.fail("refused too late")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(csp_edge.engine.llama, "llama_init_from_model", touch)
-        for kv_type in ("f32", "q4_0"):
-            with refused(MemoryLimitError, f"a {kv_type} cache of 2000000000 cells"):
-                load(n_ctx=2_000_000_000, kv_type=kv_type)
-    with load(cache=Full()) as vlm:
-        monkeypatch.setattr(csp_edge.engine, "available_memory", lambda: 1_000_000)
-        with refused(MemoryLimitError, "a f16 cache of 2048 cells", "1 MiB are free"):
-            vlm.chat(" red" * 1500)
-        assert vlm.chat(STAR, scenes[:2]).text == "blue"
+    for kv_type in ("f32", "q4_0"):
+        with load(cache=Full(), kv_type=kv_type, n_ctx=2_000_000_000) as vlm:
+            with monkeypatch.context() as patch:
+                patch.setattr(csp_edge.engine, "available_memory", lambda: 1_000_000)
+                with refused(
+                    MemoryLimitError, f"a {kv_type} cache of 1760 cells", "1 MiB are free"
+                ):
+                    vlm.chat(" red" * 1500, max_tokens=8192)
+            assert vlm.chat(STAR, scenes[:2]).text == "blue"
 
 
 def test_a_cache_that_fails_though_it_should_fit(scenes, monkeypatch):
-    llama = csp_edge.engine.llama
     monkeypatch.setattr(csp_edge.engine, "available_memory", lambda: None)
     for cache in (Full(), CSP(0.2)):
         with load(cache=cache) as vlm:
             with monkeypatch.context() as patch:
-                patch.setattr(llama, "llama_init_from_model", lambda *_: None)
-                with refused(ModelError, MODEL, "no context"):
+                patch.setattr(csp_edge.native, "csp_resize", lambda *_: False)
+                with refused(MemoryLimitError, "no cache of 1760 cells"):
                     vlm.chat(" red" * 1500)
             assert vlm.chat(STAR, scenes[:2]).text == "blue"

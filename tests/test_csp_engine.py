@@ -10,6 +10,7 @@ import csp_statement
 import tiny_models
 from csp_edge.engine import Engine
 from csp_edge.errors import CspEdgeError, PolicyError, PromptError
+from csp_edge.images import Pictures
 from csp_edge.policies import CSP, AdaKV, LookM, Policy, Pyramid, SnapKV
 from test_csp import pictures, question
 
@@ -34,7 +35,7 @@ def cleared(engine):
 def tokenize(engine, n, text="What color is the star in image 2?"):
     texts = question(n, text).split("<__media__>")
     parts = [texts[0]]
-    for picture, after in zip(pictures(n), texts[1:], strict=True):
+    for picture, after in zip(Pictures().open(pictures(n)), texts[1:], strict=True):
         parts += [picture, after]
     return engine.tokenizer.tokenize(parts)
 
@@ -267,6 +268,23 @@ def test_what_a_policy_is_shown(engine):
         np.testing.assert_array_equal(view.k, layer.k)
         assert [kept.tolist() for kept in layer.kept] == [[0, 1], [2, 3, 4]]
     assert engine.n_cells == 3
+
+
+@pytest.mark.parametrize("needs", [False, "pictures", True])
+@pytest.mark.parametrize("n_pictures", [0, 1])
+def test_keys_where_they_are_needed(engine, needs, n_pictures):
+    shown = []
+
+    class Watching(Policy):
+        needs_keys = needs
+
+        def select(self, layer):
+            shown.append(layer.k is not None)
+            return [[0]] * len(layer.token)
+
+    prefill(engine, n_pictures, window=8)
+    engine.prune(Watching(8))
+    assert shown == [needs is True or (needs == "pictures" and n_pictures == 1)] * 6
 
 
 ROWS = [

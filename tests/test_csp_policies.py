@@ -451,10 +451,12 @@ def test_a_policy_that_cannot_choose_changes_nothing(demo_paths):
         assert model.state() == before
 
 
-def test_keys_are_shown_if_asked_for(demo_paths):
+@pytest.mark.parametrize("n_pictures", [0, 2])
+def test_keys_are_shown_if_asked_for(demo_paths, n_pictures):
     model = Pruned(*map(str, demo_paths), "q8_0")
     model.observe(16)
-    model.prefill(question(2), pictures(2))
+    model.prefill(question(n_pictures), pictures(n_pictures))
+    snapshot = native.csp_take_snapshot(model.csp)
     seen = []
 
     @policy
@@ -463,13 +465,26 @@ def test_keys_are_shown_if_asked_for(demo_paths):
         seen.append(np.ctypeslib.as_array(view.k, shape).copy() if view.k else None)
         return [[0], [1]], None
 
-    layers = model.prune(40, 8, policy=choose, keys=True)
-    for layer, k in zip(layers, seen, strict=True):
-        np.testing.assert_array_equal(k.swapaxes(0, 1), layer.k)
+    for keys, shown in (
+        (native.KEYS_NONE, False),
+        (native.KEYS_MEDIA, n_pictures > 0),
+        (native.KEYS_ALL, True),
+    ):
+        assert native.csp_restore(model.csp, snapshot)
+        layers = model.prune(10, 8, policy=choose, keys=keys)
+        assert len(seen) == len(layers)
+        for layer, k in zip(layers, seen, strict=True):
+            assert (k is not None) == shown
+            if shown:
+                np.testing.assert_array_equal(k.swapaxes(0, 1), layer.k)
+        seen.clear()
+
+    # no cell of a picture is left
     model.observe(16)
     append(model, "<|user|> What")
-    model.prune(2, 1, policy=choose)
-    assert seen[len(layers) :] == [None] * len(layers)
+    layers = model.prune(2, 1, policy=choose, keys=native.KEYS_MEDIA)
+    assert seen == [None] * len(layers)
+    native.csp_free_snapshot(snapshot)
 
 
 def test_the_window_is_the_newest_of_the_observed_queries(demo_paths):

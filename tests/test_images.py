@@ -17,7 +17,7 @@ from PIL import Image
 
 from csp_edge import images
 from csp_edge.errors import ImageError
-from csp_edge.images import image_key, load_image
+from csp_edge.images import Pictures, image_key, load_image
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -334,6 +334,15 @@ def test_urls(server: str, tmp_path: Path, pixels: Pixels, monkeypatch: pytest.M
     np.testing.assert_array_equal(load_image(url, allow_url=True), pixels)
     np.testing.assert_array_equal(load_image(f"{server}/to/{url}", allow_url=True), pixels)
     refuse(url, "fetching URLs is off")
+    with pytest.raises(ImageError, match="fetching URLs is off"):
+        Pictures().open([url])
+    # what was fetched is kept
+    picture, other = Pictures(allow_url=True).open([url, pixels])
+    monkeypatch.setattr(Handler, "picture", b"")
+    for _ in range(2):
+        np.testing.assert_array_equal(picture.pixels(), pixels)
+    monkeypatch.setattr(Handler, "picture", encode(pixels))
+    assert picture.key == other.key
     refuse(url.upper(), "fetching URLs is off")
     refuse(f"{server}/none", "the server answered 404", allow_url=True)
     path = tmp_path / "secret.png"

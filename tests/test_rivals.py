@@ -48,7 +48,7 @@ def layer(self_, cross, budget, recent, modality=None, k=None, i_layer=0, n_laye
     return LayerView(i_layer, n_layer, budget, recent, token, modality, self_, cross, k)
 
 
-def call(name: str, settings: ctypes.Structure | None, view: LayerView) -> Any:
+def call(name: str, settings: ctypes.Structure | None, view: LayerView, n_threads: int = 2) -> Any:
     """Kept cells and merges of every head, or None. What lies beyond them must stay as it was."""
     n_head_kv, n_cells = view.self_.shape
     guard = 5
@@ -64,6 +64,7 @@ def call(name: str, settings: ctypes.Structure | None, view: LayerView) -> Any:
             view.i_layer,
             view.n_layer,
             *sizes,
+            n_threads,
             pointer(view.token, U32),
             pointer(view.modality, I8),
             pointer(view.self_, F32),
@@ -242,13 +243,67 @@ def test_settings_that_the_library_refuses(chosen: Policy, setting: str, value: 
     assert call(name, settings, view) is None
 
 
-@pytest.mark.parametrize("chosen", [CSP(distance=1), LookM()])
-def test_without_the_keys_that_it_needs(chosen: Policy) -> None:
-    assert chosen.needs_keys
-    assert call(*chosen.native_call(), layer([1, 2, 3], [0, 0, 0], 2, 1)) is None
+@pytest.mark.parametrize(
+    ("chosen", "modality", "done"),
+    [
+        (CSP(distance=0), [1, 1, 1], True),
+        (CSP(distance=1), [0, 0, 0], False),
+        (CSP(), [0, 0, 1], True),  # no picture to choose from
+        (CSP(), [0, 1, 0], False),
+        (LookM(), [0, 0, 0], False),
+    ],
+)
+def test_without_keys(chosen: Policy, modality: list[int], done: bool) -> None:
+    view = layer([[1, 2, 3]] * 2, np.zeros((2, 3)), 2, 1, [[0, 0, 0], modality])
+    expected = ([[1, 2]] * 2, [{}] * 2) if done else None
+    assert call(*chosen.native_call(), view) == expected
+
+
+def test_which_keys_are_needed() -> None:
+    assert CSP().needs_keys == "pictures"
+    assert CSP(distance=0.5).needs_keys is LookM().needs_keys is True
+    assert CSP(distance=0).needs_keys is SnapKV().needs_keys is False
 
 
 # distance between keys
+
+
+@pytest.mark.parametrize("recent", [0, 5, 40])
+def test_many_keys(recent: int) -> None:
+    rng = np.random.default_rng(4)
+    # a few directions, all products of two keys being exact in float32
+    k = rng.integers(-60, 61, (2, 9, 64))[:, rng.integers(9, size=250)]
+    k = k + rng.integers(-40, 41, k.shape)
+    scores = np.exp(rng.normal(size=(2, 2, 250)))
+    view = layer(*scores, 150, recent, rng.random((2, 250)) < 0.8, k)
+    for chosen in CSP(), CSP(cross_ratio=0.4, distance=3), CSP(distance=200):
+        kept = select(chosen, view)
+        assert kept == expected(chosen, view) != select(CSP(distance=0), view)
+
+    scores = (s.astype(np.float64) for s in (view.self_, view.cross))
+    merges = statement.lookm(*scores, 150, recent, view.modality, view.k.astype(np.float64))
+    assert call("llama_csp_policy_lookm", None, view) == merges
+
+
+def test_any_number_of_threads() -> None:
+    rng = np.random.default_rng(5)
+    scores, modality = rng.random((2, 7, 90)), rng.random((7, 90)) < 0.5
+    view = layer(*scores, 40, 4, modality, rng.normal(size=(7, 90, 8)))
+    for chosen in CSP(), LookM():
+        one, *others = (call(*chosen.native_call(), view, n) for n in (1, 0, 2, 3, 7, 50))
+        assert others == [one] * 5
+
+
+def test_keys_that_are_not_finite() -> None:
+    k = np.ones((1, 80, 3))
+    k[:, ::2] = np.nan
+    k[:, ::3] = np.inf
+    k[:, ::5] = 1e30
+    for score in np.ones(80), np.full(80, np.inf):
+        view = layer(score, np.zeros(80), 60, 4, np.ones((1, 80)), k)
+        for chosen in CSP(), LookM():
+            (kept,) = select(chosen, view)
+            assert len(set(kept)) == 60
 
 
 def test_distance_takes_the_other_direction() -> None:

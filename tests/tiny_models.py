@@ -128,9 +128,9 @@ def gpt_oss(path: Path) -> None:
     w.done()
 
 
-def qwen2vl(path: Path) -> None:
+def qwen2vl(path: Path, vocabulary: Path | None = None) -> None:
     """M-RoPE: all patches of a picture share a position, and are told apart by row and column."""
-    w = _Writer(path, "qwen2vl")
+    w = _Writer(path, "qwen2vl", vocabulary)
     w.attention(N_EMBD // HEAD_DIM, 1)
     w.add_rope_dimension_sections([16, 24, 24, 0])
     for i in range(N_LAYER):
@@ -214,3 +214,74 @@ def bloom(path: Path) -> None:
     w.weights(token_embd_norm__weight=(N_EMBD,), token_embd_norm__bias=(N_EMBD,))
     w.weights(output_norm__bias=(N_EMBD,))
     w.done()
+
+
+class _Projector(_Writer):
+    """One layer, 32 wide, on patches of 4 x 4, of which 2 x 2 make a token."""
+
+    n_embd, n_ff, patch = 32, 64, 4
+
+    def __init__(self, path: Path, kind: str, n_grid: int) -> None:
+        GGUFWriter.__init__(self, path, "clip")
+        self.rng = np.random.default_rng(0)
+        self.add_clip_has_vision_encoder(True)
+        self.add_clip_projector_type(kind)
+        self.add_vision_image_size(n_grid * self.patch)
+        self.add_vision_patch_size(self.patch)
+        self.add_vision_embedding_length(self.n_embd)
+        self.add_vision_feed_forward_length(self.n_ff)
+        self.add_vision_projection_dim(N_EMBD)
+        self.add_vision_block_count(1)
+        self.add_vision_head_count(2)
+        self.add_vision_attention_layernorm_eps(1e-5)
+        self.add_vision_image_mean([0.5] * 3)
+        self.add_vision_image_std([0.5] * 3)
+        n, patch = self.n_embd, (self.patch, self.patch, 3, self.n_embd)
+        shapes: dict[str, tuple[int, ...]] = {"v__patch_embd__weight": patch}
+        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            shapes |= {f"v__blk__0__{name}__weight": (n, n), f"v__blk__0__{name}__bias": (n,)}
+        for name in ("v__blk__0__ln1", "v__blk__0__ln2", "v__post_ln"):
+            shapes |= {f"{name}__weight": (n,), f"{name}__bias": (n,)}
+        for name, a, b in (("ffn_up", n, self.n_ff), ("ffn_down", self.n_ff, n)):
+            shapes |= {f"v__blk__0__{name}__weight": (a, b), f"v__blk__0__{name}__bias": (b,)}
+        self.weights(**shapes)
+
+    def done(self, **shapes: tuple[int, ...]) -> None:
+        self.weights(**shapes)
+        self.write_header_to_file()
+        self.write_kv_data_to_file()
+        self.write_tensors_to_file()
+        self.close()
+
+
+def qwen2vl_projector(path: Path) -> None:
+    """Tokens in rows and columns, as many as a picture's size asks for."""
+    w = _Projector(path, "qwen2vl_merger", 16)
+    w.weights(**{"v__patch_embd__weight__1": (w.patch, w.patch, 3, w.n_embd)})
+    w.done(
+        mm__0__weight=(4 * w.n_embd, 4 * w.n_embd),
+        mm__0__bias=(4 * w.n_embd,),
+        mm__2__weight=(4 * w.n_embd, N_EMBD),
+        mm__2__bias=(N_EMBD,),
+    )
+
+
+def hunyuanvl_projector(path: Path) -> None:
+    """Counts the prompt's pictures: the positions of a picture's tokens hold its number."""
+    w = _Projector(path, "hunyuanvl", 16)
+    w.add_uint32("clip.vision.image_min_pixels", 16)
+    w.add_uint32("clip.vision.image_max_pixels", 4096)
+    w.done(
+        v__position_embd__weight=(w.n_embd, 256),
+        v__image_newline=(64,),
+        mm__pre_norm__weight=(w.n_embd,),
+        mm__0__weight=(2, 2, w.n_embd, 48),
+        mm__0__bias=(48,),
+        mm__2__weight=(1, 1, 48, 64),
+        mm__2__bias=(64,),
+        mm__model__fc__weight=(64, N_EMBD),
+        mm__model__fc__bias=(N_EMBD,),
+        mm__image_begin=(N_EMBD,),
+        mm__image_end=(N_EMBD,),
+        mm__post_norm__weight=(N_EMBD,),
+    )

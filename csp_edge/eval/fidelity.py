@@ -150,7 +150,7 @@ def _diverge(
 ) -> Iterator[Divergence]:
     n_tokens = len(window.prompt)
     policies = [contender.at(budget) for contender, budget in cells]
-    prompt = Prompt(list(window.prompt), {}, None)
+    prompt = Prompt(list(window.prompt))
     snapshot = prefill(engine, prompt, policies, room=len(window.continuation))
     prune(engine, snapshot, None)
     full = list(_steps(engine, window.continuation))

@@ -36,7 +36,7 @@ class LayerView:
     self_, cross: float32 [n_head_kv, n_cells]: the attention that each cell receives from the
         window's queries of its own modality, and from those of another, summed over queries and
         over the query heads of the group. Their sum is plain window attention.
-    k: float32 [n_head_kv, n_cells, head_dim]: keys, after RoPE. None unless needs_keys.
+    k: float32 [n_head_kv, n_cells, head_dim]: keys, after RoPE. None where they are not needed.
     """
 
     i_layer: int
@@ -82,8 +82,9 @@ class Policy:
             check_amount("recent", self.recent, least=0)
 
     @property
-    def needs_keys(self) -> bool:
-        """Whether the policy looks at the keys, which have to be fetched for it."""
+    def needs_keys(self) -> bool | Literal["pictures"]:
+        """Whether the policy looks at keys, which have to be fetched for it: always or never, or
+        "pictures": in layers with cells of pictures."""
         return False
 
     @property

@@ -64,8 +64,8 @@ class CSP(Policy):
             raise PolicyError(f'sink={self.sink!r}: give a number above 0, "mass" or None')
 
     @property
-    def needs_keys(self) -> bool:
-        return self.distance != 0
+    def needs_keys(self) -> bool | Literal["pictures"]:
+        return "pictures" if self.distance is None else self.distance > 0
 
     def native_call(self) -> tuple[str, ctypes.Structure | None]:
         cross_ratio = -1.0 if self.cross_ratio is None else self.cross_ratio

@@ -20,6 +20,8 @@ extern "C" {
         uint32_t budget;  // B, 1 <= B < N
         uint32_t recent;  // R <= B
 
+        uint32_t n_threads; // that a policy may run on
+
         const uint32_t * token;    // [n_head_kv][n_cells] the token in each cell, ascending
         const int8_t   * modality; // [n_head_kv][n_cells] llama_csp_modality
         const float    * self;     // [n_head_kv][n_cells] attention from window queries of the cell's own modality, summed

@@ -35,6 +35,10 @@ extern "C" {
     struct llama_csp;
     struct llama_csp_snapshot;
 
+    // where the bytes of a snapshot go, and where they come from. returning false ends it
+    typedef bool (*llama_csp_write)(const void * data, size_t size, void * user_data);
+    typedef bool (*llama_csp_read) (      void * data, size_t size, void * user_data);
+
     enum llama_csp_modality {
         LLAMA_CSP_MODALITY_TEXT  = 0, // came in as a token
         LLAMA_CSP_MODALITY_MEDIA = 1, // came in as an embedding
@@ -47,6 +51,13 @@ extern "C" {
         LLAMA_CSP_SINK_MASS  = 2, // per query head: exp of the window's mean log-sum-exp of the evicted cells' logits
     };
 
+    // the layers whose keys have to be fetched for the policy
+    enum llama_csp_keys {
+        LLAMA_CSP_KEYS_NONE  = 0,
+        LLAMA_CSP_KEYS_MEDIA = 1, // those with cells of pictures
+        LLAMA_CSP_KEYS_ALL   = 2,
+    };
+
     struct llama_csp_params {
         uint32_t budget;   // B, cells that every KV head keeps, or on average, recent ones included
         uint32_t recent;   // R, the last cells, which policies always keep [R <= B]
@@ -55,11 +66,11 @@ extern "C" {
         float    n_decode; // n for LLAMA_CSP_SINK_FIXED [n > 0]
 
         enum llama_csp_sink sink;
+        enum llama_csp_keys keys;
 
         llama_csp_policy policy;          // see llama-csp-policies.h. NULL: llama_csp_policy_csp()
         const void *     policy_settings; // of the policy's own kind
 
-        bool keys;    // the policy asks for keys
         bool inspect; // keep queries, keys and scores for llama_csp_get_layer()
     };
 
@@ -110,6 +121,10 @@ extern "C" {
     // why the last call on this thread failed
     LLAMA_API const char * llama_csp_last_error(void);
 
+    // a context whose cache begins with room for n_cells, one batch at least, and grows with llama_csp_resize() up to
+    // params.n_ctx, which so is no more than a ceiling. for contexts that llama_csp_init() takes
+    LLAMA_API struct llama_context * llama_csp_init_context(struct llama_model * model, struct llama_context_params params, uint32_t n_cells);
+
     // attach to a context of one sequence with flash attention. NULL if its memory can't be pruned:
     // recurrent, hybrid, MLA, ALiBi, or without a KV cache
     LLAMA_API struct llama_csp * llama_csp_init(struct llama_context * ctx);
@@ -121,10 +136,34 @@ extern "C" {
     // returns false if there is no memory for them
     LLAMA_API bool llama_csp_observe(struct llama_csp * csp, uint32_t n_window);
 
+    // ask before the pictures are there: decode the tokens of a question alone, each at the position that it is going to
+    // have, and take them back. their queries are what prunes, whatever else is decoded, until llama_csp_observe() is
+    // called again. pos: ascending, behind the sequence
+    // returns false if they can't be decoded, the cache then is what it was
+    LLAMA_API bool llama_csp_probe(struct llama_csp * csp, const llama_token * tokens, const llama_pos * pos, uint32_t n_tokens);
+
+    // give the cache room for n_cells, rounded up to a multiple of 256, and the rest of its memory back. what is in it
+    // stays as it is. layers move one by one, so at most one of them takes memory twice
+    // returns false and changes nothing if it is less than what is in use, more than n_ctx, or there is no memory for it
+    LLAMA_API bool llama_csp_resize(struct llama_csp * csp, uint32_t n_cells);
+
+    // cells that there is room for
+    LLAMA_API uint32_t llama_csp_n_cells(const struct llama_csp * csp);
+
     // score the cells by the observed queries, have the policy choose, compact. with B >= N nothing changes
     // returns false and changes nothing if params are off, nothing was observed, scoring failed or the choice is invalid,
     // returns false and clears the sequence if compaction failed halfway
     LLAMA_API bool llama_csp_prune(struct llama_csp * csp, struct llama_csp_params params);
+
+    // from now on copy every cell that is evicted to the host, as this type: GGML_TYPE_F16, or any that rows can be
+    // quantized to. for llama_csp_recall(). what a policy would merge is not merged, as nothing is lost
+    // returns false if something was evicted already, or the type won't do
+    LLAMA_API bool llama_csp_keep_evicted(struct llama_csp * csp, enum ggml_type type);
+
+    // choose anew among all cells that the sequence ever had, evicted ones included, by the observed queries: those of
+    // a new question, from llama_csp_probe()
+    // returns false and changes nothing if the cache, see llama_csp_resize(), has no room for them, else as llama_csp_prune()
+    LLAMA_API bool llama_csp_recall(struct llama_csp * csp, struct llama_csp_params params);
 
     // the cache as it is, with the observed queries and all that is known of its pruned part
     // the caller frees it. NULL if there is no memory for it
@@ -132,10 +171,19 @@ extern "C" {
 
     // bring all of that back. logits are not part of it
     // returns false and changes nothing if the snapshot is of another kind of context,
-    // returns false and clears the sequence if there is no memory for the queries
+    // returns false and clears the sequence if there is no memory for it
     LLAMA_API bool llama_csp_restore(struct llama_csp * csp, const struct llama_csp_snapshot * snapshot);
 
     LLAMA_API void llama_csp_free_snapshot(struct llama_csp_snapshot * snapshot);
+
+    // give the bytes of a snapshot to write, piece by piece
+    // returns false if write does
+    LLAMA_API bool llama_csp_write_snapshot(const struct llama_csp_snapshot * snapshot, llama_csp_write write, void * user_data);
+
+    // a snapshot from such bytes, size of them, which are not trusted. the model and the types of its cache have to be
+    // those it was taken with, the context may be another
+    // the caller frees it. NULL if read fails, the bytes make no snapshot of this context, or there is no memory for it
+    LLAMA_API struct llama_csp_snapshot * llama_csp_read_snapshot(const struct llama_csp * csp, llama_csp_read read, void * user_data, size_t size);
 
     LLAMA_API struct llama_csp_stats llama_csp_get_stats(const struct llama_csp * csp);
 

@@ -1,0 +1,213 @@
+#include "csp.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+// the tensor has n_rows rows, whatever its buffer could hold
+static void csp_set_n_rows(ggml_tensor * t, uint32_t n_rows) {
+    t->ne[1] = n_rows;
+    t->nb[2] = t->nb[1]*n_rows;
+    t->nb[3] = t->nb[2];
+}
+
+static void csp_copy_rows(ggml_context * ctx, ggml_tensor * src, ggml_tensor * dst, uint32_t n_rows) {
+    if (n_rows == 0) {
+        return;
+    }
+
+    ggml_tensor * from = ggml_view_2d(ctx, src, src->ne[0], n_rows, src->nb[1], 0);
+    ggml_tensor * to   = ggml_view_2d(ctx, dst, dst->ne[0], n_rows, dst->nb[1], 0);
+
+    ggml_backend_view_init(from);
+    ggml_backend_view_init(to);
+
+    ggml_backend_tensor_copy(from, to);
+}
+
+// returns false if there is no memory for it
+bool llama_csp::resize_layer(llama_kv_cache & cache, size_t i, uint32_t n_cells) {
+    auto & l = cache.layers[i];
+
+    ggml_context_ptr ctx { ggml_init({ 8*ggml_tensor_overhead(), nullptr, true }) };
+
+    ggml_tensor * k = ggml_new_tensor_3d(ctx.get(), l.k->type, l.k->ne[0], n_cells, 1);
+    ggml_tensor * v = ggml_new_tensor_3d(ctx.get(), l.v->type, l.v->ne[0], n_cells, 1);
+
+    ggml_set_name(k, l.k->name);
+    ggml_set_name(v, l.v->name);
+
+    ggml_tensor * k_stream = ggml_view_2d(ctx.get(), k, k->ne[0], n_cells, k->nb[1], 0);
+    ggml_tensor * v_stream = ggml_view_2d(ctx.get(), v, v->ne[0], n_cells, v->nb[1], 0);
+
+    ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(l.k->buffer)) };
+    if (!buf) {
+        return false;
+    }
+
+    // no NaN in the padding
+    ggml_backend_buffer_clear(buf.get(), 0);
+
+    const uint32_t n_rows = std::min(n_cells, cache.v_cells[0].used_max_p1());
+
+    csp_copy_rows(ctx.get(), l.k, k, n_rows);
+    csp_copy_rows(ctx.get(), l.v, v, n_rows);
+
+    for (auto & cur : layers) {
+        if (cur.k == l.k) {
+            cur.k = k;
+            cur.v = v;
+        }
+    }
+
+    l.k = k;
+    l.v = v;
+
+    l.k_stream = { k_stream };
+    l.v_stream = { v_stream };
+
+    cache.ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
+
+    // layers leave the buffer that they share one by one
+    const auto is_unused = [&](const auto & cur) {
+        return std::none_of(cache.layers.begin(), cache.layers.end(), [&](const auto & l) { return l.k->buffer == cur.second.get(); });
+    };
+
+    cache.ctxs_bufs.erase(std::remove_if(cache.ctxs_bufs.begin(), cache.ctxs_bufs.end(), is_unused), cache.ctxs_bufs.end());
+
+    return true;
+}
+
+void llama_csp::resize_cache(llama_kv_cache & cache, uint32_t n_cells) {
+    const uint32_t n_old = cache.get_size();
+
+    size_t n_done = 0;
+    while (n_done < cache.layers.size() && resize_layer(cache, n_done, n_cells)) {
+        n_done++;
+    }
+
+    // without memory for a smaller copy, or back from a larger one, a layer keeps its buffer
+    const bool is_done = n_done == cache.layers.size() || n_cells < n_old;
+
+    for (auto & l : cache.layers) {
+        for (auto * t : { l.k, l.v, l.k_stream[0], l.v_stream[0] }) {
+            csp_set_n_rows(t, is_done ? n_cells : n_old);
+        }
+    }
+
+    if (!is_done) {
+        // what was gained already is given back, where there is memory to do so
+        for (size_t i = 0; i < n_done; ++i) {
+            resize_layer(cache, i, n_old);
+        }
+
+        throw std::runtime_error(format("no memory for a cache of %u cells", n_cells));
+    }
+
+    auto & cells = cache.v_cells[0];
+
+    const auto old = cells.cp(0, std::min(n_cells, n_old));
+
+    cells.resize(n_cells);
+    cells.set(0, old);
+
+    cache.v_heads[0] = std::min(cache.v_heads[0], cells.used_max_p1());
+}
+
+void llama_csp::resize(uint32_t n_cells) {
+    ctx.synchronize();
+
+    const auto & cparams = ctx.get_cparams();
+
+    if (n_cells > cparams.n_ctx) {
+        throw std::invalid_argument(format("n_cells = %u is beyond n_ctx = %u", n_cells, cparams.n_ctx));
+    }
+    if (n_cells < kv.v_cells[0].used_max_p1()) {
+        throw std::invalid_argument(format("n_cells = %u, but %u are in use", n_cells, kv.v_cells[0].used_max_p1()));
+    }
+    if (kv.get_has_shift()) {
+        throw std::invalid_argument("positions were shifted since the last llama_decode()");
+    }
+
+    n_cells = csp_pad_cells(n_cells);
+
+    if (n_cells == kv.get_size()) {
+        return;
+    }
+
+    reset_graphs();
+
+    resize_cache(kv, n_cells);
+
+    if (!bufs_pad.empty()) {
+        bufs_pad.clear();
+
+        if (index.is_ragged) {
+            try {
+                alloc_pad();
+            } catch (...) {
+                ctx.get_memory()->clear(false);
+                update_index();
+
+                throw;
+            }
+
+            for (auto & l : layers) {
+                set_pad(l);
+            }
+        }
+    }
+
+    reserve();
+}
+
+// the ring of a sliding window takes every token, though the cache beside it is pruned: it has to hold all that the
+// window reaches over from the start
+void llama_csp::resize_swa() {
+    auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(ctx.get_memory());
+
+    if (!iswa) {
+        return;
+    }
+
+    const auto & cparams = ctx.get_cparams();
+
+    const uint32_t n_cells = csp_pad_cells(std::min(cparams.n_ctx, iswa->get_swa()->n_swa + cparams.n_ubatch));
+
+    if (n_cells > iswa->get_swa()->get_size()) {
+        ctx.synchronize();
+
+        resize_cache(*iswa->get_swa(), n_cells);
+        reserve();
+    }
+}
+
+// the pages of what was freed, back to the operating system
+static void csp_trim() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
+void llama_csp::reserve() {
+    // a buffer that is hardly written to would take over the pages of one that was
+    csp_trim();
+
+    // anew, as the buffers of a scheduler only grow
+    ctx.sched_need_reserve = true;
+    ctx.sched_reserve();
+
+    csp_trim();
+}
+
+void llama_csp::set_n_ctx(llama_context & ctx, uint32_t n_ctx) {
+    ctx.cparams.n_ctx     = n_ctx;
+    ctx.cparams.n_ctx_seq = n_ctx;
+}

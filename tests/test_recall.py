@@ -1,0 +1,200 @@
+"""Recall: what was evicted comes back when a question needs it."""
+
+import numpy as np
+import pytest
+
+import tiny_models
+from csp_edge import CSP, EdgeVLM
+from csp_edge.engine import Engine
+from csp_edge.errors import CspEdgeError, OptionError
+from csp_edge.policies import AdaKV, LookM, Pyramid, Resolved, SnapKV
+from test_csp_engine import engine_on, greedy, prefill, tokenize
+
+QUESTION = "What is in image 3?"
+
+
+def probe(engine, text=QUESTION):
+    """Observe a question that does not stay."""
+    tokens = [t for t in engine.tokenizer.tokenize([text]).items if isinstance(t, int)]
+    engine.observe(len(tokens))
+    engine._hook.probe(tokens, range(engine.n_past, engine.n_past + len(tokens)))
+
+
+def recall(engine, policy, amounts):
+    pruning = engine._hook.recall(policy, Resolved(*amounts))
+    engine._set_pruned(pruning)
+    return pruning
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("policy", [CSP(40, sink="mass"), AdaKV(40), LookM(40)])
+def test_all_of_it_can_come_back(demo_paths, kv_type, policy):
+    engine = engine_on(demo_paths, kv_type=kv_type, recall=kv_type)
+    prefill(engine)
+    engine.redecode()
+    full, n = greedy(engine, 6), engine.n_tokens
+    engine.clear()
+    prefill(engine)
+    engine.prune(policy)
+    assert engine.n_cells < n / 2
+    engine.cut(len(engine.items) - 1)  # of the recent ones
+    probe(engine)
+    engine._resize(n)
+    pruning = recall(engine, CSP(n), (n, 8, 0))
+    assert pruning.n_kept == pruning.n_tokens == engine.n_tokens == engine.n_cells
+    for layer in pruning.layers:
+        for head in layer.kept:
+            np.testing.assert_array_equal(head, range(engine.n_tokens))
+    engine.decode(last(engine))
+    np.testing.assert_array_equal(greedy(engine, 6), full)
+    engine.close()
+
+
+def last(engine):
+    """The token that the prompt of prefill() ends with."""
+    with tokenize(engine, 3) as prompt:
+        return prompt.items[-1]
+
+
+@pytest.mark.parametrize(
+    "policy", [CSP(40), CSP(40, distance=0, cross_ratio=0.5), SnapKV(40), AdaKV(40), Pyramid(40)]
+)
+def test_the_choice_is_that_of_a_cache_that_was_never_pruned(demo_paths, policy):
+    engine = engine_on(demo_paths, kv_type="f32", recall="f32")
+    prefill(engine)
+    n = engine.n_tokens
+    probe(engine)
+    expected = engine._hook.prune(policy, Resolved(40, 8, 4), inspect=True)
+
+    engine.clear()
+    prefill(engine)
+    engine.prune(CSP(30))
+    # all of it first, so that the question sees what it saw before
+    probe(engine)
+    engine._resize(n)
+    recall(engine, CSP(n), (n, 8, 0))
+    probe(engine)
+    found = engine._hook.recall(policy, Resolved(40, 8, 4), inspect=True)
+
+    assert found.n_cells == expected.n_cells == n
+    assert found.n_kept == expected.n_kept < n
+    for a, b in zip(expected.layers, found.layers, strict=True):
+        for h in range(len(a.kept)):
+            np.testing.assert_allclose(b.self_[h], a.self_[h], rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(b.cross[h], a.cross[h], rtol=1e-4, atol=1e-7)
+            np.testing.assert_array_equal(b.token[h], range(n))
+            # float32 here, float64 there: a near tie may fall the other way
+            assert len(np.setdiff1d(a.kept[h], b.kept[h])) <= 1
+            assert len(a.kept[h]) == len(b.kept[h])
+    engine.close()
+
+
+def test_sinks_stand_for_what_is_still_gone(demo_paths):
+    policy = CSP(40, sink="mass", distance=0)
+    engine = engine_on(demo_paths, kv_type="f32", recall="f32")
+    prefill(engine)
+    n = engine.n_tokens
+    probe(engine)
+    expected = engine._hook.prune(policy, Resolved(40, 8, 4))
+    engine.clear()
+    prefill(engine)
+    engine.prune(policy)
+    probe(engine)
+    engine._resize(n)
+    recall(engine, CSP(n), (n, 8, 0))
+    probe(engine)
+    found = engine._hook.recall(policy, Resolved(40, 8, 4))
+    for a, b in zip(expected.layers, found.layers, strict=True):
+        np.testing.assert_allclose(b.sink, a.sink, atol=0.05)
+    engine.close()
+
+
+def test_a_question_about_what_was_evicted(scenes):
+    star, others = "What color is the star in image 2?", "What is in image 4?"
+    content = [{"type": "image", "image": picture} for picture in scenes]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": star}]}]
+    shares = {}
+    for recall_type in (False, True, "q8_0"):
+        with EdgeVLM.demo(cache=CSP(0.1), recall=recall_type, n_threads=1) as vlm:
+            first = vlm.chat(messages)
+            assert vlm.engine.n_encoded == len(scenes)
+            again = [
+                *messages,
+                {"role": "assistant", "content": first.text},
+                {"role": "user", "content": others},
+            ]
+            second = vlm.chat(again)
+            assert vlm.engine.n_encoded == len(scenes)
+            assert second.usage.cached_tokens > 64 * len(scenes)
+            # as many cells as without
+            assert vlm.engine.n_cells <= 0.1 * vlm.engine.n_tokens + 32
+            shares[recall_type] = second.cache.patches()[3].sum()
+    # the picture that the second question is about
+    assert shares[True] > 1.2 * shares[False]
+    assert shares["q8_0"] > 1.2 * shares[False]
+
+
+def test_a_recall_is_part_of_a_snapshot(demo_paths):
+    engine = engine_on(demo_paths, recall="f16")
+    prefill(engine)
+    engine.prune(CSP(40))
+    greedy(engine, 3)
+    snapshot = engine.snapshot()
+
+    def go_on():
+        probe(engine)
+        pruning = recall(engine, CSP(60), (60, 8, 4))
+        engine.decode(last(engine))
+        return pruning, greedy(engine, 2)
+
+    once, logits = go_on()
+    engine.clear()
+    engine.restore(snapshot)
+    again, same = go_on()
+    for a, b in zip(once.layers, again.layers, strict=True):
+        np.testing.assert_array_equal(np.stack(a.kept), np.stack(b.kept))
+    np.testing.assert_array_equal(logits, same)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen2vl"])
+def test_other_architectures(name, demo_paths, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    getattr(tiny_models, name)(path, demo_paths[0])
+    engine = Engine(path, n_threads=1, prune=True, recall="f16", max_cells=256)
+    policy = CSP(0.3)
+    text = "What is in image 2? " * 20
+    for i in range(3):
+        prompt = engine.tokenizer.tokenize([text * (i + 1) + QUESTION])
+        engine.prefill(prompt, window=policy.resolve(prompt.n_tokens).window, policy=policy)
+        engine.prune(policy)
+        assert np.isfinite(greedy(engine, 12)).all()
+        assert engine.n_cells <= 256
+        assert engine.n_tokens == engine.n_past > prompt.n_tokens
+    engine.close()
+
+
+def test_what_cannot_be_kept(demo_paths, tmp_path):
+    with pytest.raises(OptionError, match="recall='q5': choose one of f32"):
+        engine_on(demo_paths, recall="q5")
+    with pytest.raises(OptionError, match="recall"):
+        EdgeVLM.demo(recall="yes")
+    engine, forgetful = engine_on(demo_paths, recall="f16"), engine_on(demo_paths)
+    prefill(forgetful)
+    forgetful.prune(CSP(40))
+    with pytest.raises(CspEdgeError, match="another kind of context"):
+        engine.restore(forgetful.snapshot())
+    # nothing to choose by, and nothing that fits
+    prefill(engine, 6)
+    engine.prune(CSP(40))
+    engine._hook.resize(256)
+    engine.observe(0)
+    with pytest.raises(CspEdgeError, match="no query was observed"):
+        engine._hook.recall(CSP(40), Resolved(40, 8, 4))
+    probe(engine)
+    with pytest.raises(CspEdgeError, match="resize it first"):
+        engine._hook.recall(CSP(40), Resolved(10_000, 8, 4))
+    assert engine.n_cells == 40
+    engine.decode(last(engine))
+    engine.close()
+    forgetful.close()
