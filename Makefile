@@ -4,7 +4,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
 
 # what the libraries are built from
-native := CMakeLists.txt pyproject.toml native patches $(wildcard cmake/* native/* native/include/* patches/*)
+native := CMakeLists.txt pyproject.toml native patches $(wildcard cmake/* native/* native/*/* patches/*)
 
 help:
 	@echo 'make demo    answer questions about pictures, over the full and over a pruned cache'

@@ -1,8 +1,9 @@
-"""The command line: csp-edge chat, demo, inspect and eval."""
+"""The command line: csp-edge chat, demo, inspect, plan and eval."""
 
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ examples:
   csp-edge chat -i photo.png "What is in image 1?"
   csp-edge chat -i a.png -i b.png --budget 10% "What color is the star in image 2?"
   csp-edge inspect model.gguf
+  csp-edge plan -m model.gguf --memory 4GiB --images 12
   csp-edge eval --skills find --samples 1 --images 2 --policies csp --budgets 20%
 """
 CHAT_EXAMPLES = """\
@@ -35,6 +37,8 @@ examples:
   csp-edge chat -i photo.png "What is in image 1?"
   csp-edge chat -i photo.png < question.txt
   csp-edge chat -m model.gguf --budget 512 --kv-type q8_0 -i a.png -i b.png "What is in image 2?"
+  csp-edge chat --session talk.csp -i photo.png "What is in image 1?"
+  csp-edge chat --session talk.csp "And what color is it?"
   csp-edge chat --policy full --temp 0.8 --seed 1 --json -i photo.png "What is in image 1?"
 """
 DEMO_EXAMPLES = """\
@@ -46,6 +50,12 @@ INSPECT_EXAMPLES = """\
 examples:
   csp-edge inspect model.gguf
   csp-edge inspect .
+"""
+PLAN_EXAMPLES = """\
+examples:
+  csp-edge plan -m model.gguf --memory 4GiB
+  csp-edge plan -m model.gguf --memory 4GiB --images 12 --pixels 640x480
+  csp-edge plan -m model.gguf --memory "2 GB" --kv-type q8_0
 """
 
 
@@ -135,7 +145,6 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--policy",
         metavar="|".join(POLICIES),
-        default="csp",
         help="what prunes the cache, full keeps every cell; default: csp",
     )
     chat.add_argument(
@@ -146,7 +155,6 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--kv-type",
         metavar="TYPE",
-        default="f16",
         help="of the cache: f32, f16, bf16, q8_0 or q4_0; default: f16",
     )
     chat.add_argument(
@@ -169,6 +177,11 @@ def _parser() -> argparse.ArgumentParser:
         help="temperature; default: 0, always the likeliest token",
     )
     chat.add_argument("--seed", metavar="N", type=int, help="for the same draws again")
+    chat.add_argument(
+        "--session",
+        metavar="FILE",
+        help="go on with the conversation in FILE, if there is one, and save it after each answer",
+    )
     chat.add_argument(
         "--json",
         action="store_true",
@@ -199,6 +212,40 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("path", metavar="PATH", help="GGUF file or folder")
 
+    plan = commands.add_parser(
+        "plan",
+        help="how a chat fits into the memory there is",
+        description="The settings under which a chat stays within the memory given, and what it "
+        "takes then. Reads headers alone.",
+        epilog=PLAN_EXAMPLES,
+    )
+    plan.set_defaults(run=_plan, parser=plan)
+    plan.add_argument("-m", "--model", metavar="PATH", required=True, help="a GGUF file or folder")
+    plan.add_argument(
+        "--mmproj", metavar="PATH", help="the projector; default: the one beside the model"
+    )
+    plan.add_argument("--memory", metavar="4GiB", required=True, help="of the host, in all")
+    plan.add_argument(
+        "--images",
+        metavar="N",
+        type=int,
+        help="pictures of a conversation; default: as many as the model's context holds",
+    )
+    plan.add_argument(
+        "--pixels",
+        metavar="WxH",
+        help="of a picture, where the projector takes any size; default: the largest",
+    )
+    plan.add_argument(
+        "--kv-type",
+        metavar="TYPE",
+        default="auto",
+        help="of the cache: f32, f16, bf16, q8_0 or q4_0; default: what loses least",
+    )
+    plan.add_argument(
+        "--gpu-layers", metavar="N", type=int, help="-1: all layers; default: as many as fit"
+    )
+
     add_eval(commands)
     return parser
 
@@ -208,7 +255,7 @@ def _chat(args: argparse.Namespace) -> None:
     if prompt is None and args.json:
         args.parser.error("--json needs a PROMPT")
     budget = {} if args.budget is None else {"budget": parse_budget(args.budget)}
-    cache = policy(args.policy, **budget)
+    cache = policy(args.policy or "csp", **budget) if args.policy or budget else None
 
     from csp_edge.conversation import converse
     from csp_edge.images import load_image
@@ -223,16 +270,31 @@ def _chat(args: argparse.Namespace) -> None:
         "kv_type": args.kv_type,
         "cache": cache,
     }
+    model = {name: value for name, value in model.items() if value is not None}
     options = {"max_tokens": args.max_tokens, "temperature": args.temp, "seed": args.seed}
     with Progress() as progress:
         model["progress"] = progress
-        vlm = EdgeVLM.demo(**model) if args.model is None else EdgeVLM(args.model, **model)
+        if args.session is not None and os.path.lexists(args.session):
+            vlm = EdgeVLM.load(args.session, args.model, **model)
+        else:
+            vlm = EdgeVLM.demo(**model) if args.model is None else EdgeVLM(args.model, **model)
     with vlm:
         if prompt is None:
-            converse(vlm, progress, pictures, allow_urls=args.allow_urls, **options)
+            converse(
+                vlm,
+                progress,
+                pictures,
+                allow_urls=args.allow_urls,
+                session=args.session,
+                **options,
+            )
             return
         show = (lambda piece: None) if args.json else write
-        result = answer(vlm, progress, show, prompt, pictures, **options)
+        question = {"role": "user", "content": prompt}
+        asked = [*vlm.messages, question] if vlm.messages else prompt
+        result = answer(vlm, progress, show, asked, pictures, **options)
+        if args.session is not None:
+            vlm.save(args.session)
     if not args.json:
         print()
     if result.finish_reason == "cancelled":
@@ -322,6 +384,31 @@ def _inspect(args: argparse.Namespace) -> None:
         rows["KV per picture"] = _bytes(n_bytes) if n_bytes else "depends on the picture"
     for name, value in rows.items():
         print(f"{name:<14}  {printable(value)}")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    n_pixels = None
+    if args.pixels is not None:
+        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", args.pixels.lower())
+        n_pixels = int(found[1]) * int(found[2]) if found else 0
+        if not n_pixels:
+            args.parser.error(f"argument --pixels: {args.pixels!r}: give a size like 640x480")
+
+    from csp_edge.model_files import find_model
+    from csp_edge.plan import plan
+
+    files = find_model(args.model)
+    planned = plan(
+        files.model,
+        files.mmproj if args.mmproj is None else Path(args.mmproj),
+        args.memory,
+        n_images=args.images,
+        n_pixels=n_pixels,
+        kv_type=args.kv_type,
+        n_gpu_layers=args.gpu_layers,
+    )
+    for name, value in planned.rows().items():
+        print(f"{name:<28}  {printable(value)}")
 
 
 def _quantization(info: "ModelInfo") -> str:

@@ -1,4 +1,4 @@
-"""How much memory there still is."""
+"""How much memory there still is, and how much this process has."""
 
 import os
 from pathlib import Path
@@ -14,12 +14,21 @@ def available_memory() -> int | None:
     return min(known) if known else _physical()
 
 
+def resident_memory() -> int | None:
+    """Bytes of this process that are in memory now, mapped files included. None: it isn't told."""
+    return _amount("/proc/self/status", "VmRSS")
+
+
 def _from_meminfo() -> int | None:
+    return _amount("/proc/meminfo", "MemAvailable")
+
+
+def _amount(path: str, name: str) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
         return None
-    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    kib = [int(line.split()[1]) for line in lines if line.startswith(f"{name}:")]
     return kib[0] * 1024 if kib else None
 
 
