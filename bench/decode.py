@@ -45,7 +45,7 @@ def main() -> None:
         )
         tokens = [1000 + i * 7919 % 40000 for i in range(args.tokens)]
         window = policy.resolve(args.tokens).window if prune else 0
-        with Prompt(tokens, {}, None) as prompt:
+        with Prompt(tokens) as prompt:
             prefill = engine.prefill(prompt, window=window)
         engines.append(engine)
     full, pruned = engines

@@ -240,7 +240,7 @@ def train_all(folder: Path, minutes: float, vision: Run | None) -> None:
         sizes = next(s for start, s in reversed(CURRICULUM.items()) if share >= start)
         n_images = int(run.rng.choice(sizes))
         n_tokens, n = SHAPES[n_images]
-        weights = np.array([1.15 - accuracy[name] for name in names])
+        weights = np.array([1.06 - accuracy[name] for name in names])
         b = batch(run.rng, n, n_images, n_tokens, weights / weights.sum())
         with torch.autocast(DEVICE, torch.bfloat16):
             features = run.model.vision(b.pictures.to(DEVICE))
