@@ -37,6 +37,7 @@ examples:
   csp-edge chat -i photo.png "What is in image 1?"
   csp-edge chat -i photo.png < question.txt
   csp-edge chat -m model.gguf --budget 512 --kv-type q8_0 -i a.png -i b.png "What is in image 2?"
+  csp-edge chat -m model.gguf --memory 4GiB -i photo.png "What is in image 1?"
   csp-edge chat --session talk.csp -i photo.png "What is in image 1?"
   csp-edge chat --session talk.csp "And what color is it?"
   csp-edge chat --policy full --temp 0.8 --seed 1 --json -i photo.png "What is in image 1?"
@@ -155,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--kv-type",
         metavar="TYPE",
-        help="of the cache: f32, f16, bf16, q8_0 or q4_0; default: f16",
+        help="of the cache: f32, f16, bf16, q8_0 or q4_0; default: f16, or by --memory",
     )
     chat.add_argument(
         "--threads", metavar="N", type=int, help="CPU threads; default: one for each CPU"
@@ -177,6 +178,16 @@ def _parser() -> argparse.ArgumentParser:
         help="temperature; default: 0, always the likeliest token",
     )
     chat.add_argument("--seed", metavar="N", type=int, help="for the same draws again")
+    chat.add_argument(
+        "--memory",
+        metavar="4GiB",
+        help="what this process may take; see csp-edge plan; default: what the prompt needs",
+    )
+    chat.add_argument(
+        "--recall",
+        action="store_true",
+        help="keep what is pruned in the host's memory: later questions and words bring it back",
+    )
     chat.add_argument(
         "--session",
         metavar="FILE",
@@ -258,16 +269,18 @@ def _chat(args: argparse.Namespace) -> None:
     cache = policy(args.policy or "csp", **budget) if args.policy or budget else None
 
     from csp_edge.conversation import converse
-    from csp_edge.images import load_image
+    from csp_edge.images import Pictures
     from csp_edge.vlm import EdgeVLM
 
-    pictures = [load_image(path, allow_url=args.allow_urls) for path in args.image]
+    pictures = Pictures(allow_url=args.allow_urls).open(args.image)
     model = {
         "mmproj": args.mmproj,
         "n_ctx": args.ctx,
         "n_threads": args.threads,
         "n_gpu_layers": args.gpu_layers,
         "kv_type": args.kv_type,
+        "memory": args.memory,
+        "recall": args.recall or None,
         "cache": cache,
     }
     model = {name: value for name, value in model.items() if value is not None}

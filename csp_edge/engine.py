@@ -461,7 +461,9 @@ class Engine:
                 n_kept = self._recall(prompt, n_kept, window, policy)
             n_reused, n_encoded, encode_s = self.n_tokens, self.n_encoded, self.encode_s
             if not self._is_probed:
-                self.observe(min(window, prompt.n_tokens - n_reused))
+                # within max_cells, what is decoded after the prompt prunes, too
+                n_new = self.max_cells or prompt.n_tokens - n_reused
+                self.observe(min(window, n_new))
             self._policy, self._window = policy, window
             t0 = time.perf_counter()
             self._decode_items(prompt, n_kept)
@@ -501,14 +503,14 @@ class Engine:
         pictures = [item for item in prompt.items[n_kept:] if isinstance(item, Patches)]
         # a picture that is not causal is computed at once
         n_ubatch = max([self._n_ubatch, *(p.n_tokens for p in pictures if not p.causal)])
+        if self.max_cells:
+            self._check_pictures(pictures)
         n_ctx = max(self.n_ctx, min(_power_of_2(prompt.n_tokens + room), self.n_ctx_max))
         if n_ubatch > self._n_ubatch or (not self._hook and n_ctx > self.n_ctx):
             self._new_context(n_ubatch, n_ctx)
             n_kept = 0
         n_cells = self.n_cells + prompt.n_tokens - self.n_tokens
-        if self.max_cells:
-            self._check_pictures(pictures)
-        elif n_cells > self.n_ctx:
+        if not self.max_cells and n_cells > self.n_ctx:
             raise self._beyond(prompt)
         if self._hook:
             n_cells += min(room, _N_CELLS_STEP)

@@ -153,8 +153,12 @@ class Tokenizer:
 
     def _tokenize_text(self, text: str) -> list[int]:
         data = _utf8(text)
-        tokens = (llama.llama_token * (len(data) + 8))()
-        n = llama.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), False, True)
+        n = -len(data) - 8
+        for _ in range(2):  # told that they are more, it says how many
+            tokens = (llama.llama_token * -n)()
+            n = llama.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), False, True)
+            if n >= 0:
+                break
         if n < 0:
             raise PromptError(f"the prompt of {len(data)} bytes can't be tokenized: shorten it")
         return list(tokens[:n])

@@ -200,9 +200,21 @@ void llama_csp::reserve() {
     // a buffer that is hardly written to would take over the pages of one that was
     csp_trim();
 
-    // anew, as the buffers of a scheduler only grow
-    ctx.sched_need_reserve = true;
-    ctx.sched_reserve();
+    const auto & cparams = ctx.get_cparams();
+
+    const uint32_t n_tokens = std::min(cparams.n_ctx, cparams.n_ubatch);
+
+    reset_graphs();
+
+    // as llama_context::sched_reserve(), for one graph. anew, as the buffers of a scheduler only grow
+    ctx.sched.reset(ggml_backend_sched_new(ctx.backend_ptrs.data(), ctx.backend_buft.data(), ctx.backend_ptrs.size(),
+            ctx.graph_max_nodes(n_tokens), cparams.pipeline_parallel, cparams.op_offload));
+
+    const auto mctx = ctx.get_memory()->init_full();
+
+    if (!ctx.graph_reserve(n_tokens, cparams.n_seq_max, std::min(n_tokens, cparams.n_outputs_max), mctx.get())) {
+        throw std::runtime_error("no memory for the compute buffers");
+    }
 
     csp_trim();
 }

@@ -144,7 +144,8 @@ extern "C" {
 
     // give the cache room for n_cells, rounded up to a multiple of 256, and the rest of its memory back. what is in it
     // stays as it is. layers move one by one, so at most one of them takes memory twice
-    // returns false and changes nothing if it is less than what is in use, more than n_ctx, or there is no memory for it
+    // returns false and changes nothing if it is less than what is in use, more than n_ctx, or there is no memory for it,
+    // returns false and clears the sequence if that is so of the masks of heads with padding
     LLAMA_API bool llama_csp_resize(struct llama_csp * csp, uint32_t n_cells);
 
     // cells that there is room for
