@@ -5,8 +5,8 @@
 1. The peak of one prompt of 4, 16, 64 and 256 pictures, pruned when it is there, and within
    max_cells. Every figure is a process of its own.
 2. Memory over time, in a conversation of many turns with new pictures in each (drawn to --plot).
-3. What pruning and resizing take beside a plain copy of the bytes that they move (SmolLM2-135M,
-   whose cells are 22.5 KiB).
+3. What pruning, resizing and recalling take beside a plain copy of the bytes that they move, of
+   SmolLM2-135M, whose cells are 22.5 KiB.
 
 Linux only. Memory is what the process has beyond the loaded model, files that are mapped left out.
 """
@@ -30,6 +30,7 @@ from PIL import Image
 from csp_edge import CSP, EdgeVLM, Full
 from csp_edge.engine import Engine
 from csp_edge.eval.fidelity import default_text
+from csp_edge.tokenizer import Prompt
 
 sys.path.append(str(Path(__file__).parent))
 from overhead import smollm2  # noqa: E402
@@ -204,13 +205,16 @@ def fresh_copy_seconds(n_bytes: int, n_parts: int) -> float:
     return statistics.median(times)
 
 
+def read(n_tokens: int, **options: Any) -> Engine:
+    """An engine that has read so many tokens of text, and observes."""
+    engine = Engine(Path(smollm2()), n_ctx=16384, n_threads=1, prune=True, **options)
+    items = engine.tokenizer.tokenize([default_text()[: 6 * n_tokens]]).items[:n_tokens]
+    engine.prefill(Prompt(items), window=8)
+    return engine
+
+
 def costs(n_tokens: int, rounds: int) -> None:
-    engine = Engine(Path(smollm2()), n_ctx=16384, n_threads=1, prune=True)
-    text = default_text()
-    tokens = engine.tokenizer.tokenize([text[: 6 * n_tokens]]).items[:n_tokens]
-    with engine.tokenizer.tokenize([engine.tokenizer.piece(tokens[0]).decode()]) as prompt:
-        prompt.items, prompt.n_tokens, prompt.n_pos = tokens, n_tokens, n_tokens
-        engine.prefill(prompt, window=8)
+    engine = read(n_tokens)
     snapshot = engine.snapshot()
     n_bytes = int(engine.bytes_per_cell)
     hook, n_layer = engine._hook, engine.info.n_layer
@@ -233,6 +237,15 @@ def costs(n_tokens: int, rounds: int) -> None:
         n_moved = (n_tokens // 2 + n_kept) * n_bytes
         timed(f"prune to {BUDGET:.0%}", lambda: hook.prune(policy, amounts), n_moved)
         timed("shrink after that", lambda: hook.resize(n_kept + 256), n_kept * n_bytes)
+
+    engine.close()
+    engine = read(n_tokens, recall="f16")
+    engine.prune(policy)
+    items = [item for item in engine.items[:8] if isinstance(item, int)]
+    for _ in range(rounds):
+        engine.observe(8)
+        engine._hook.probe(items, range(engine.n_past, engine.n_past + 8))
+        timed(f"recall {BUDGET:.0%}", lambda: engine._hook.recall(policy, amounts), n_moved)
 
     print(f"\nSmolLM2-135M, {n_tokens} tokens, f16 cache, one thread, medians of {rounds}")
     print(

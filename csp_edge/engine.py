@@ -35,7 +35,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 _N_UBATCH = 512
 _N_CELLS_STEP = 256  # that a cache grows by while decoding
-_N_TOKENS_RECALL = 1024  # for so many of a conversation, one token is decoded between two recalls
+_N_TOKENS_RECALL = 1024  # for so many of a conversation, one token is decoded before a recall
 _N_CTX_FIRST = 1024  # of a cache that can't grow
 _EMBEDDING_CACHE_BYTES = 64 * 2**20
 _SEQ = 0
@@ -571,7 +571,7 @@ class Engine:
         if not self._recall_type or not self._n_evicted or not self._policy:
             return
         # it takes the longer, the more there is to choose from
-        if self._n_unrecalled * _N_TOKENS_RECALL < self.n_tokens:
+        if (self._n_unrecalled + 1) * _N_TOKENS_RECALL <= self.n_tokens:
             return
         assert self._hook
         recent = min(self._policy.resolve(self.n_tokens).recent, self.n_cells)

@@ -155,6 +155,11 @@ class Layout:
     ) -> None:
         self.close()
 
+    @property
+    def n_swa(self) -> int:
+        """Tokens that a sliding window reaches over. 0: there is none."""
+        return int(llama.llama_model_n_swa(self._model))
+
     def shrink_pictures(self) -> bool:
         """Take pictures of half as many pixels. False: the projector takes none but these."""
         if not self._mmproj or not self.projector:
@@ -194,7 +199,8 @@ class Layout:
             # as floats and as bytes
             pictures = vision.n_tiles * 3 * vision.nx * vision.ny * (_F32 + 1)
             one = vision.n_tokens * vision.n_embd * _F32
-            kept = info.n_ctx * vision.n_embd * _F32
+            # within a bound, of as many tokens as it has cells
+            kept = n_cells * vision.n_embd * _F32
             if self._n_images is not None:
                 kept = min(kept, self._n_images * vision.n_tiles * one)
             embeddings = one + min(kept, _EMBEDDING_CACHE_BYTES + one)

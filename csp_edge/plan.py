@@ -232,7 +232,9 @@ def _choose(
         found = []
         for n_ubatch in _N_UBATCH:
             footprint = partial(layout.footprint, n_ubatch=n_ubatch, kv_type=kind, mmap=mmap)
-            least = min(most, _padded(2 * max(n_ubatch, layout.tokens_per_tile)))
+            # a sliding window's cache is as large as it reaches, however few cells there are
+            reach = layout.n_swa + n_ubatch if layout.n_swa else 0
+            least = min(most, _padded(max(2 * n_ubatch, 2 * layout.tokens_per_tile, reach)))
             lowest = footprint(n_cells=least)
             if lowest is None:
                 break

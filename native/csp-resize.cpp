@@ -5,11 +5,22 @@
 #include "llama-kv-cache-iswa.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
+
+// the pages of what was freed, back to the operating system
+static void csp_trim() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
+// bytes that are worth the time
+static constexpr size_t N_TRIM = 1 << 18;
 
 // the tensor has n_rows rows, whatever its buffer could hold
 static void csp_set_n_rows(ggml_tensor * t, uint32_t n_rows) {
@@ -52,10 +63,16 @@ bool llama_csp::resize_layer(llama_kv_cache & cache, size_t i, uint32_t n_cells)
         return false;
     }
 
-    // no NaN in the padding
-    ggml_backend_buffer_clear(buf.get(), 0);
-
     const uint32_t n_rows = std::min(n_cells, cache.v_cells[0].used_max_p1());
+
+    // no NaN in the padding
+    if (ggml_backend_buffer_is_host(buf.get())) {
+        for (auto * t : { k, v }) {
+            memset((char *) t->data + n_rows*t->nb[1], 0, (n_cells - n_rows)*t->nb[1]);
+        }
+    } else {
+        ggml_backend_buffer_clear(buf.get(), 0);
+    }
 
     csp_copy_rows(ctx.get(), l.k, k, n_rows);
     csp_copy_rows(ctx.get(), l.v, v, n_rows);
@@ -81,6 +98,11 @@ bool llama_csp::resize_layer(llama_kv_cache & cache, size_t i, uint32_t n_cells)
     };
 
     cache.ctxs_bufs.erase(std::remove_if(cache.ctxs_bufs.begin(), cache.ctxs_bufs.end(), is_unused), cache.ctxs_bufs.end());
+
+    // else the pages of all layers are held until the last of them has moved
+    if (ggml_nbytes(k) > N_TRIM) {
+        csp_trim();
+    }
 
     return true;
 }
@@ -187,13 +209,6 @@ void llama_csp::resize_swa() {
         resize_cache(*iswa->get_swa(), n_cells);
         reserve();
     }
-}
-
-// the pages of what was freed, back to the operating system
-static void csp_trim() {
-#ifdef __GLIBC__
-    malloc_trim(0);
-#endif
 }
 
 void llama_csp::reserve() {
