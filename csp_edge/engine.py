@@ -737,7 +737,8 @@ class Engine:
         """Prune the whole cache, by the newest queries observed since prefill() began.
 
         That may be after some decode() calls, whose queries then count too. Observation ends with
-        it. A budget of all cells and more evicts nothing. After an error the cache is empty.
+        it, or, within max_cells and with recall, begins anew. With recall, what was evicted before
+        can be chosen again. A budget of all cells and more evicts nothing. After an error the cache is empty.
 
         Args:
             inspect: keep queries, keys and scores too.
@@ -843,10 +844,10 @@ class Engine:
     def restore(self, snapshot: Snapshot) -> None:
         """Bring a snapshot's cache and queries back. `logits` stay those of the last token decoded.
 
-        A snapshot can be restored any number of times, as long as the cache is of the same size.
+        A snapshot can be restored any number of times. The cache is then of the size that it was.
 
         Raises:
-            CspEdgeError: the cache is of another size since, or the queries don't fit.
+            CspEdgeError: it is another engine's, or doesn't fit.
         """
         assert self._hook, "this model's cache can't be pruned"
         try:
