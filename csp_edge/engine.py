@@ -738,7 +738,8 @@ class Engine:
 
         That may be after some decode() calls, whose queries then count too. Observation ends with
         it, or, within max_cells and with recall, begins anew. With recall, what was evicted before
-        can be chosen again. A budget of all cells and more evicts nothing. After an error the cache is empty.
+        can be chosen again. A budget of all cells and more evicts nothing. After an error the cache
+        is empty.
 
         Args:
             inspect: keep queries, keys and scores too.

@@ -183,7 +183,7 @@ def test_budget_in_cells(capsys) -> None:
 
 
 def test_same_seed_same_answer(capsys) -> None:
-    argv = ["chat", "--temp", "2", "--max-tokens", "5", "What is in the picture?"]
+    argv = ["chat", "--temp", "5", "--max-tokens", "5", "What color?"]
     answers = []
     for seed in ("1", "1", "2", "3", "4"):
         assert main([*argv, "--seed", seed]) == 0
@@ -242,7 +242,6 @@ def test_bars_on_a_terminal(capsys, monkeypatch) -> None:
         (["--policy", "best", "a"], "unknown policy 'best': choose one of csp, full"),
         (["--policy", "full", "--budget", "20%", "a"], "'full' has no setting 'budget'"),
         (["--kv-type", "f8", "a"], "unknown kv_type 'f8'"),
-        (["--ctx", "2000000000", "a"], "no memory for a f16 cache of 2000000000 cells"),
         (["--ctx", "0", "a"], "n_ctx=0: give"),
         (["--max-tokens", "0", "a"], "max_tokens=0: give"),
         (["--temp", "nan", "a"], "temperature=nan: give"),

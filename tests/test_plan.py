@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import csp_edge.footprint
 from csp_edge import CSP, Full
 from csp_edge.cli import main
 from csp_edge.errors import MemoryLimitError, OptionError, ProjectorError
@@ -41,6 +42,12 @@ with EdgeVLM(model, n_threads=1, cache=CSP(0.2)) as vlm:
     result = vlm.chat("what is this? " * 40, [picture] if mmproj else [], max_tokens=4)
 print(json.dumps([loaded, peak(), result.usage.prompt_tokens]))
 """
+
+
+@pytest.fixture(autouse=True)
+def program(monkeypatch):
+    """As large as a fresh process, though this one has run other tests."""
+    monkeypatch.setattr(csp_edge.footprint, "resident_memory", lambda: 80 * 2**20)
 
 
 def layout(model: Path, mmproj: Path | None = None, **options) -> Layout:
