@@ -1,4 +1,4 @@
-"""The command line: csp-edge chat, demo, inspect, plan and eval."""
+"""The command line: csp-edge chat, demo, inspect, plan, bench and eval."""
 
 import argparse
 import io
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from csp_edge.bench.cli import add_bench
 from csp_edge.errors import CspEdgeError, PromptError, printable
 from csp_edge.eval.cli import add_eval
 from csp_edge.policies import POLICIES, parse_budget, policy
@@ -29,6 +30,7 @@ examples:
   csp-edge chat -i a.png -i b.png --budget 10% "What color is the star in image 2?"
   csp-edge inspect model.gguf
   csp-edge plan -m model.gguf --memory 4GiB --images 12
+  csp-edge bench -m model.gguf --lengths 1024,4096 --budgets 10%,20%
   csp-edge eval --skills find --samples 1 --images 2 --policies csp --budgets 20%
 """
 CHAT_EXAMPLES = """\
@@ -257,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu-layers", metavar="N", type=int, help="-1: all layers; default: as many as fit"
     )
 
+    add_bench(commands)
     add_eval(commands)
     return parser
 

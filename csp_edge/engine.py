@@ -136,7 +136,7 @@ class Engine:
         self.max_cells = max_cells
         n_ubatch = _checked("n_ubatch", _N_UBATCH if n_ubatch is None else n_ubatch, 32, 2**16)
         self._n_ubatch = min(n_ubatch, self.max_cells or n_ubatch)
-        self._n_threads = _checked("n_threads", _cpus() if n_threads is None else n_threads, 1, 512)
+        self.n_threads = _checked("n_threads", _cpus() if n_threads is None else n_threads, 1, 512)
         self._n_gpu_layers = _checked("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
         self.kv_type = kv_type
         self._progress = progress or (lambda stage, done, total: None)
@@ -210,7 +210,7 @@ class Engine:
         params.image_max_tokens = max_image_tokens or params.image_max_tokens
         params.use_gpu = self._n_gpu_layers != 0
         params.print_timings = False
-        params.n_threads = self._n_threads
+        params.n_threads = self.n_threads
         params.warmup = False
         self._projector, why = native.explained(
             mtmd.mtmd_init_from_file, os.fsencode(path), self.model, params
@@ -264,7 +264,7 @@ class Engine:
         params.n_batch = params.n_ubatch = n_ubatch
         params.n_seq_max = 1
         params.n_outputs_max = 1
-        params.n_threads = params.n_threads_batch = self._n_threads
+        params.n_threads = params.n_threads_batch = self.n_threads
         # compaction gathers rows of V, which only flash attention leaves in rows
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.type_k = params.type_v = KV_TYPES[self.kv_type]

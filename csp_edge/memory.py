@@ -19,6 +19,11 @@ def resident_memory() -> int | None:
     return _amount("/proc/self/status", "VmRSS")
 
 
+def peak_memory() -> int | None:
+    """The most bytes that resident_memory() has told so far. None: it isn't told."""
+    return _amount("/proc/self/status", "VmHWM")
+
+
 def _from_meminfo() -> int | None:
     return _amount("/proc/meminfo", "MemAvailable")
 

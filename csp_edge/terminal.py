@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from csp_edge.vlm import ChatResult, EdgeVLM
 
-_STAGES = {"load": "loading", "encode": "encoding pictures", "prefill": "reading the prompt"}
+_STAGES = {
+    "load": "loading",
+    "encode": "encoding pictures",
+    "prefill": "reading the prompt",
+    "decode": "answering",
+    "memory": "measuring memory",
+}
 _WIDTH = 30
 # what stands in the line before the bar stays
 _MARK, _CLEAR = "\x1b7", "\x1b8\x1b[K"

@@ -33,7 +33,7 @@ from csp_edge.tokenizer import Patches, Prompt
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 _MARKER = "<__media__>"
-_DEMO_MODEL = Path(__file__).parent / "models" / "csp-demo-q8_0.gguf"
+DEMO_MODEL = Path(__file__).parent / "models" / "csp-demo-q8_0.gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +341,7 @@ class EdgeVLM:
     @classmethod
     def demo(cls, **options: Any) -> "EdgeVLM":
         """The small model in this package. It knows drawn scenes; options as for EdgeVLM."""
-        return cls(_DEMO_MODEL, **options)
+        return cls(DEMO_MODEL, **options)
 
     @classmethod
     def load(

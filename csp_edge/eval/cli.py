@@ -49,23 +49,23 @@ def add_eval(commands: Any) -> None:
     run.add_argument(
         "--samples",
         metavar="N",
-        type=_natural,
+        type=natural,
         help="conversations: of the suite for each skill and number of pictures, default 10; "
         "of MileBench the first of each set, default all",
     )
     run.add_argument(
         "--images",
         metavar="N,...",
-        type=_naturals,
+        type=naturals,
         help="pictures in a prompt of the suite; default: 1,2,4,8,16",
     )
     run.add_argument("--vendor", metavar="NAME", help="whose emoji the suite is drawn with")
     run.add_argument("--seed", metavar="N", type=int, default=0, help="of the suite; default: 0")
     run.add_argument(
-        "--turns", metavar="N", type=_natural, help="no more questions of a conversation"
+        "--turns", metavar="N", type=natural, help="no more questions of a conversation"
     )
     run.add_argument(
-        "--max-tokens", metavar="N", type=_natural, default=64, help="of an answer; default: 64"
+        "--max-tokens", metavar="N", type=natural, default=64, help="of an answer; default: 64"
     )
     run.add_argument(
         "--by",
@@ -95,13 +95,13 @@ def add_eval(commands: Any) -> None:
         help="in UTF-8; default: Python's language reference",
     )
     fidelity.add_argument(
-        "--tokens", metavar="N", type=_natural, default=512, help="of a prompt; default: 512"
+        "--tokens", metavar="N", type=natural, default=512, help="of a prompt; default: 512"
     )
     fidelity.add_argument(
-        "--continuation", metavar="N", type=_natural, default=32, help="tokens; default: 32"
+        "--continuation", metavar="N", type=natural, default=32, help="tokens; default: 32"
     )
     fidelity.add_argument(
-        "--windows", metavar="N", type=_natural, default=16, help="of each text; default: 16"
+        "--windows", metavar="N", type=natural, default=16, help="of each text; default: 16"
     )
 
     score = below.add_parser(
@@ -158,20 +158,20 @@ def _names(text: str) -> list[str]:
     return text.split(",")
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
     n = int(text)
     if n < 1:
         raise ValueError
     return n
 
 
-def _naturals(text: str) -> list[int]:
-    return [_natural(part) for part in text.split(",")]
+def naturals(text: str) -> list[int]:
+    return [natural(part) for part in text.split(",")]
 
 
 # argparse names what could not be read by these
-_natural.__name__ = "number above 0"
-_naturals.__name__ = "list of numbers above 0"
+natural.__name__ = "number above 0"
+naturals.__name__ = "list of numbers above 0"
 
 
 def _eval(args: argparse.Namespace) -> None:

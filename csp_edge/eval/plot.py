@@ -14,11 +14,11 @@ from csp_edge.eval.report import mean_score
 
 FORMATS = (".png", ".svg")
 # colors that most eyes tell apart, then again with another dash
-_COLORS = (
+COLORS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B"),
     *("#7F7F7F", "#BCBD22"),
 )
-_MARKERS = "osD^vPX<>p"
+MARKERS = "osD^vPX<>p"
 _DASHES = ("-", "--", ":")
 
 
@@ -46,7 +46,6 @@ def plot(answers: Sequence[Answer], path: Path, title: str) -> None:
         OptionError: as check_plot() does, or the file can't be written.
     """
     check_plot(path)
-    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -63,7 +62,17 @@ def plot(answers: Sequence[Answer], path: Path, title: str) -> None:
     _draw(axes, answers, places)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right upper", frameon=False, handlelength=3)
-    # the same file from the same answers
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure: the same file from the same figure.
+
+    Raises:
+        OptionError: the file can't be written.
+    """
+    import matplotlib
+
     matplotlib.rcParams["svg.hashsalt"] = "csp-edge"
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
     try:
@@ -91,14 +100,14 @@ def _draw(axes: Any, answers: Sequence[Answer], places: Mapping[Budget, float]) 
         enumerate(lines.items()), key=lambda item: -item[1][1][1].mean()
     ):
         x, value, low, high = line
-        color = _COLORS[i % len(_COLORS)]
+        color = COLORS[i % len(COLORS)]
         axes.fill_between(x, low, high, color=color, alpha=0.08, linewidth=0)
         axes.plot(
             x,
             value,
             color=color,
-            marker=_MARKERS[i % len(_MARKERS)],
-            linestyle=_DASHES[i // len(_COLORS) % len(_DASHES)],
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle=_DASHES[i // len(COLORS) % len(_DASHES)],
             markersize=5,
             linewidth=1.8,
             label=policy,

@@ -1,0 +1,1 @@
+"""How fast a model is and what memory it takes, over the full cache and over pruned ones."""
