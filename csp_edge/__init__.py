@@ -18,6 +18,7 @@ from csp_edge.errors import (
     PolicyError,
     ProjectorError,
     PromptError,
+    ServerError,
     SessionError,
     TemplateError,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "PolicyError",
     "ProjectorError",
     "PromptError",
+    "ServerError",
     "SessionError",
     "TemplateError",
     "Timings",

@@ -1,4 +1,4 @@
-"""The command line: csp-edge chat, demo, inspect, plan, bench and eval."""
+"""The command line: csp-edge chat, demo, inspect, plan, rpc-server, bench and eval."""
 
 import argparse
 import io
@@ -59,6 +59,12 @@ examples:
   csp-edge plan -m model.gguf --memory 4GiB
   csp-edge plan -m model.gguf --memory 4GiB --images 12 --pixels 640x480
   csp-edge plan -m model.gguf --memory "2 GB" --kv-type q8_0
+"""
+RPC_SERVER_EXAMPLES = """\
+examples:
+  csp-edge rpc-server
+  csp-edge rpc-server --host 192.168.1.2 --port 50052
+  csp-edge chat --rpc 192.168.1.2:50052,192.168.1.3:50052 -m model.gguf
 """
 
 
@@ -164,7 +170,15 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", metavar="N", type=int, help="CPU threads; default: one for each CPU"
     )
     chat.add_argument(
-        "--gpu-layers", metavar="N", type=int, default=0, help="-1: all layers; default: none"
+        "--gpu-layers",
+        metavar="N",
+        type=int,
+        help="-1: all layers; default: none, or all with --rpc",
+    )
+    chat.add_argument(
+        "--rpc",
+        metavar="HOST:PORT,...",
+        help="machines that take layers, where csp-edge rpc-server runs",
     )
     chat.add_argument(
         "--ctx", metavar="N", type=int, help="cells of the cache; default: as many as needed"
@@ -259,6 +273,26 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu-layers", metavar="N", type=int, help="-1: all layers; default: as many as fit"
     )
 
+    server = commands.add_parser(
+        "rpc-server",
+        help="lend this machine to a model that outgrows another one",
+        description="Lend this machine's GPUs, or else its CPU, to csp-edge chat --rpc on another "
+        "machine, one process at a time, until Ctrl-C. It trusts whoever connects: listen in a "
+        "network of your own machines alone.",
+        epilog=RPC_SERVER_EXAMPLES,
+    )
+    server.set_defaults(run=_rpc_server)
+    server.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="this machine's address to listen on; default: 127.0.0.1, for itself alone",
+    )
+    server.add_argument("--port", metavar="PORT", type=int, default=50052, help="default: 50052")
+    server.add_argument(
+        "--threads", metavar="N", type=int, help="CPU threads; default: one for each CPU"
+    )
+
     add_bench(commands)
     add_eval(commands)
     return parser
@@ -281,6 +315,7 @@ def _chat(args: argparse.Namespace) -> None:
         "n_ctx": args.ctx,
         "n_threads": args.threads,
         "n_gpu_layers": args.gpu_layers,
+        "rpc": args.rpc.split(",") if args.rpc is not None else None,
         "kv_type": args.kv_type,
         "memory": args.memory,
         "recall": args.recall or None,
@@ -425,6 +460,13 @@ def _plan(args: argparse.Namespace) -> None:
     )
     for name, value in planned.rows().items():
         print(f"{name:<28}  {printable(value)}")
+
+
+def _rpc_server(args: argparse.Namespace) -> None:
+    from csp_edge.engine import cpus
+    from csp_edge.rpc import serve
+
+    serve(args.host, args.port, cpus() if args.threads is None else args.threads)
 
 
 def _quantization(info: "ModelInfo") -> str:

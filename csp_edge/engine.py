@@ -4,7 +4,7 @@ import ctypes
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +29,7 @@ from csp_edge.memory import available_memory
 from csp_edge.model_info import KV_TYPES, describe
 from csp_edge.native import llama, mtmd
 from csp_edge.policies import Policy, Resolved
+from csp_edge.rpc import Servers
 from csp_edge.tokenizer import Item, Patches, Prompt, Tokenizer
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -91,6 +92,7 @@ class Engine:
             comes before it. Else by those of the tokens that were decoded last.
         n_threads: None: one for each CPU.
         n_gpu_layers: layers to offload, -1: all.
+        rpc: "host:port" of RPC servers, whose devices take layers too.
         kv_type: type of K and V in the cache: f32, f16, bf16, q8_0 or q4_0.
         mmap: map the weights, so that they take memory once for all programs, or read them.
         max_image_tokens: of a picture or tile, where the projector takes any size. None: its own.
@@ -101,6 +103,7 @@ class Engine:
         ModelError: the model can't be read, can't chat, or can't be pruned though it should.
         ProjectorError: the projector can't be read, or is another model's.
         OptionError: a setting is out of range.
+        ServerError: an RPC server can't be reached. Raised by every method once one is lost.
         MemoryLimitError: the cache doesn't fit.
     """
 
@@ -114,6 +117,7 @@ class Engine:
         n_ubatch: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int = 0,
+        rpc: Sequence[str] = (),
         kv_type: str = "f16",
         mmap: bool = True,
         max_image_tokens: int | None = None,
@@ -127,6 +131,7 @@ class Engine:
         self._ctx: Any = None
         self._hook: Hook | None = None
         self._batch: Any = None
+        self._servers: Servers | None = None
 
         if recall is not None:
             _kv_type("recall", recall)
@@ -136,7 +141,7 @@ class Engine:
         self.max_cells = max_cells
         n_ubatch = _checked("n_ubatch", _N_UBATCH if n_ubatch is None else n_ubatch, 32, 2**16)
         self._n_ubatch = min(n_ubatch, self.max_cells or n_ubatch)
-        self.n_threads = _checked("n_threads", _cpus() if n_threads is None else n_threads, 1, 512)
+        self.n_threads = _checked("n_threads", cpus() if n_threads is None else n_threads, 1, 512)
         self._n_gpu_layers = _checked("n_gpu_layers", n_gpu_layers, -1, 2**31 - 1)
         self.kv_type = kv_type
         self._progress = progress or (lambda stage, done, total: None)
@@ -153,6 +158,8 @@ class Engine:
         self.encode_s = 0.0
 
         try:
+            if rpc:
+                self._servers = Servers(rpc)
             self._load_model(model, mmap)
             if mmproj is not None:
                 self._load_projector(mmproj, max_image_tokens)
@@ -183,6 +190,8 @@ class Engine:
         params.n_gpu_layers = self._n_gpu_layers
         if not mmap:
             params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+        if self._servers:
+            params.devices = self._servers.devices
         params.progress_callback = report
         self.model, why = native.explained(
             llama.llama_model_load_from_file, os.fsencode(path), params
@@ -190,6 +199,7 @@ class Engine:
         if failures:
             raise failures[0]
         if not self.model:
+            self._check_servers()
             raise ModelError(f"{path}: llama.cpp can't load it: {why or 'unknown reason'}")
         vocab = llama.llama_model_get_vocab(self.model)
         if llama.llama_vocab_type(vocab) == llama.LLAMA_VOCAB_TYPE_NONE:
@@ -276,6 +286,7 @@ class Engine:
         else:
             self._ctx, why = native.explained(native.csp_init_context, self.model, params, n_cells)
         if not self._ctx:
+            self._check_servers()
             if "alloc" in why:
                 raise MemoryLimitError(f"{_too_large(n_cells or n_ctx, self.kv_type)} ({why})")
             raise ModelError(f"{self.info.path}: no context with kv_type={self.kv_type!r}: {why}")
@@ -332,7 +343,9 @@ class Engine:
             mtmd.mtmd_free(self._projector)
         if self.model:
             llama.llama_model_free(self.model)
-        self._projector = self.model = None
+        if self._servers:
+            self._servers.close()
+        self._projector = self.model = self._servers = None
         self.embeddings.clear()
 
     @property
@@ -380,6 +393,7 @@ class Engine:
 
     def clear(self) -> None:
         """Empty the cache, and give its memory back."""
+        self._check_servers()
         self._empty()
         if self._hook:
             self._hook.resize(0)
@@ -410,9 +424,14 @@ class Engine:
 
     def _recover(self) -> None:
         """Drop what an interrupted call may have left behind `items`."""
+        self._check_servers()
         self.observe(0)
         if self._ctx:
             self.cut(len(self.items))
+
+    def _check_servers(self) -> None:
+        if self._servers:
+            self._servers.check()
 
     def observe(self, n_window: int) -> None:
         """Keep the queries of the last `n_window` tokens decoded from now on, for prune(). 0: none.
@@ -711,6 +730,7 @@ class Engine:
     def logits(self) -> npt.NDArray[np.float32]:
         """float32 [n_vocab] after the last token; a view, valid until the next decode."""
         pointer = llama.llama_get_logits_ith(self._ctx, -1)
+        self._check_servers()
         return np.ctypeslib.as_array(pointer, (self.tokenizer.n_vocab,))
 
     def redecode(self) -> None:
@@ -757,6 +777,7 @@ class Engine:
             is_recall = self._recall_type and self._n_evicted
             change = self._hook.recall if is_recall else self._hook.prune
             pruning = change(policy, amounts, inspect=inspect)
+            self._check_servers()
             self._set_pruned(pruning)
             self.observe(window if self.max_cells or self._recall_type else 0)
             self._n_unrecalled = 0
@@ -806,8 +827,10 @@ class Engine:
         """
         if not self._hook:
             raise self._no_snapshot()
+        cache = self._hook.snapshot()
+        self._check_servers()
         return Snapshot(
-            self._hook.snapshot(),
+            cache,
             tuple(self.items),
             self.n_tokens,
             self.n_past,
@@ -891,5 +914,6 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -50,5 +50,9 @@ class SessionError(CspEdgeError):
     """A saved conversation can't be written or read, is damaged, or is another model's."""
 
 
+class ServerError(CspEdgeError):
+    """An RPC server can't be reached, or the connection to it was lost, and its layers with it."""
+
+
 class MemoryLimitError(CspEdgeError):
     """There is not enough memory for the weights or the cache."""

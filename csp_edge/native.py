@@ -225,6 +225,18 @@ csp_get_memory = _function("llama_csp_get_memory", CspMemory, llama.llama_contex
 csp_free_device_memory = _function("llama_csp_free_device_memory", ctypes.c_uint64)
 
 
+# llama-csp-rpc.h
+
+
+csp_rpc_init = _function(
+    "llama_csp_rpc_init", ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p), ctypes.c_size_t
+)
+csp_rpc_free = _function("llama_csp_rpc_free", None, ctypes.c_void_p)
+csp_rpc_devices = _function("llama_csp_rpc_devices", ctypes.c_void_p, ctypes.c_void_p)
+csp_rpc_is_connected = _function("llama_csp_rpc_is_connected", ctypes.c_bool, ctypes.c_char_p)
+csp_rpc_serve = _function("llama_csp_rpc_serve", None, ctypes.c_char_p, ctypes.c_uint32)
+
+
 # mtmd-csp-memory.h
 
 

@@ -253,7 +253,9 @@ class EdgeVLM:
         recall: keep what is evicted in the host's memory, and let each question choose anew among
             all that there ever was. A type as for kv_type to keep it in; True: kv_type.
         n_threads: None: one for each CPU.
-        n_gpu_layers: layers to offload, -1: all.
+        n_gpu_layers: layers to offload, -1: all. None: all if there are RPC servers, else none.
+        rpc: "host:port" of RPC servers (csp-edge rpc-server), which share the offloaded layers with
+            this machine's GPUs, by free memory. They are trusted.
         kv_type: type of K and V in the cache: f32, f16, bf16, q8_0 or q4_0. None: f16, or what
             loses least within `memory`.
         cache: what is kept of each prompt: CSP(...), another of csp_edge.policies, or Full().
@@ -265,6 +267,7 @@ class EdgeVLM:
         ProjectorError: the projector can't be read, or belongs to another model.
         TemplateError: its chat template is broken.
         PolicyError, OptionError: a setting makes no sense.
+        ServerError: an RPC server can't be reached. Once one is lost, close this.
         MemoryLimitError: it doesn't fit.
         LibraryError: the patched llama.cpp libraries are missing.
     """
@@ -279,7 +282,8 @@ class EdgeVLM:
         max_cells: int | None = None,
         recall: bool | str = False,
         n_threads: int | None = None,
-        n_gpu_layers: int = 0,
+        n_gpu_layers: int | None = None,
+        rpc: Sequence[str] = (),
         kv_type: str | None = None,
         cache: Policy | Full = CSP(),  # noqa: B008
         allow_urls: bool = False,
@@ -293,10 +297,12 @@ class EdgeVLM:
         projector = files.mmproj if mmproj is None else Path(mmproj)
         self.cache = cache
         self._pictures = Pictures(allow_url=allow_urls)
+        if n_gpu_layers is None:
+            n_gpu_layers = -1 if rpc else 0
         fitted: dict[str, Any] = {}
         if memory is not None:
-            if max_cells is not None or recall:
-                other = "max_cells" if max_cells is not None else "recall"
+            if max_cells is not None or recall or rpc:
+                other = "max_cells" if max_cells is not None else "recall" if recall else "rpc"
                 raise OptionError(f"memory={memory!r} and {other}: give one of them")
             fitted = _fit(files.model, projector, memory, kv_type, n_gpu_layers, cache)
             n_ctx, max_cells = fitted.pop("n_ctx", n_ctx), fitted.pop("max_cells", None)
@@ -310,6 +316,7 @@ class EdgeVLM:
             recall=kv_type if recall is True else recall or None,
             n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,
+            rpc=rpc,
             kv_type=kv_type,
             prune=isinstance(cache, Policy),
             progress=progress,
