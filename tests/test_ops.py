@@ -10,9 +10,10 @@ ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "build" / "patched" / "source" / "docs" / "ops"
 
 # ggml function in native/ -> op, and what of it is needed (a pattern for the table's parameters)
-KV_TYPES = ["f32", "f16", "q8_0", "q4_0"]
+KV_TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
 NEEDED = {
-    "get_rows": ("GET_ROWS", [rf"type={t},.*v=1" for t in KV_TYPES]),  # rows of a head: a view
+    # rows of a head, which are a view, and of what was evicted, which is an input
+    "get_rows": ("GET_ROWS", [rf"type={t},.*v={v}" for t in KV_TYPES for v in (0, 1)]),
     "set_rows": ("SET_ROWS", [rf"type(_src=f32,type_dst)?={t},type_idx=i64" for t in KV_TYPES]),
     "mul_mat": ("MUL_MAT", [r"type_a=f32,type_b=f32"]),
     "soft_max_ext": ("SOFT_MAX", [r"type=f32,.*mask=1,sinks=1,m_prec=f32,.*max_bias=0\.0"]),
