@@ -30,7 +30,6 @@ examples:
   csp-edge chat -i a.png -i b.png --budget 10% "What color is the star in image 2?"
   csp-edge inspect model.gguf
   csp-edge plan -m model.gguf --memory 4GiB --images 12
-  csp-edge bench -m model.gguf --lengths 1024,4096 --budgets 10%,20%
   csp-edge eval --skills find --samples 1 --images 2 --policies csp --budgets 20%
 """
 CHAT_EXAMPLES = """\
