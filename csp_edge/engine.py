@@ -888,7 +888,7 @@ class Engine:
 
 
 def _kv_type(name: str, value: str) -> int:
-    if value not in KV_TYPES:
+    if not isinstance(value, str) or value not in KV_TYPES:
         raise OptionError(f"{name}={value!r}: choose one of {', '.join(KV_TYPES)}")
     return int(KV_TYPES[value])
 

@@ -179,6 +179,8 @@ def test_what_cannot_be_kept(demo_paths, tmp_path):
         engine_on(demo_paths, recall="q5")
     with pytest.raises(OptionError, match="recall"):
         EdgeVLM.demo(recall="yes")
+    with pytest.raises(OptionError, match="recall"):
+        EdgeVLM.demo(recall=["f16"])
     engine, forgetful = engine_on(demo_paths, recall="f16"), engine_on(demo_paths)
     prefill(forgetful)
     forgetful.prune(CSP(40))
