@@ -1,11 +1,12 @@
 #include "csp.h"
 
+#include "csp-map.h"
+
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 
 #ifdef __GLIBC__
@@ -43,68 +44,93 @@ static void csp_copy_rows(ggml_context * ctx, ggml_tensor * src, ggml_tensor * d
     ggml_backend_tensor_copy(from, to);
 }
 
-// returns false if there is no memory for it
-bool llama_csp::resize_layer(llama_kv_cache & cache, size_t i, uint32_t n_cells) {
-    auto & l = cache.layers[i];
+static ggml_backend_buffer_t csp_alloc_rows(ggml_context * ctx, ggml_tensor * t, ggml_backend_buffer_type_t buft) {
+    ggml_backend_buffer_t map = buft == ggml_backend_cpu_buffer_type() ? csp_map_alloc(ggml_nbytes(t)) : nullptr;
 
-    ggml_context_ptr ctx { ggml_init({ 8*ggml_tensor_overhead(), nullptr, true }) };
+    if (map) {
+        ggml_backend_tensor_alloc(map, t, ggml_backend_buffer_get_base(map));
 
-    ggml_tensor * k = ggml_new_tensor_3d(ctx.get(), l.k->type, l.k->ne[0], n_cells, 1);
-    ggml_tensor * v = ggml_new_tensor_3d(ctx.get(), l.v->type, l.v->ne[0], n_cells, 1);
+        return map;
+    }
 
-    ggml_set_name(k, l.k->name);
-    ggml_set_name(v, l.v->name);
+    ggml_backend_buffer_t res = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
 
-    ggml_tensor * k_stream = ggml_view_2d(ctx.get(), k, k->ne[0], n_cells, k->nb[1], 0);
-    ggml_tensor * v_stream = ggml_view_2d(ctx.get(), v, v->ne[0], n_cells, v->nb[1], 0);
+    // no NaN in the padding
+    if (res) {
+        ggml_backend_buffer_clear(res, 0);
+    }
 
-    ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(l.k->buffer)) };
+    return res;
+}
+
+// give K or V of a layer n_cells rows, of which n_rows are in use. returns false if there is no memory for it
+static bool csp_resize_rows(ggml_tensor *& t, ggml_tensor *& stream, uint32_t n_cells, uint32_t n_rows, llama_csp::bufs_t & bufs) {
+    if (csp_is_map(t->buffer)) {
+        if (!csp_map_resize(t->buffer, n_cells*t->nb[1])) {
+            return false;
+        }
+
+        t->data = stream->data = ggml_backend_buffer_get_base(t->buffer);
+
+        return true;
+    }
+
+    ggml_context_ptr ctx { ggml_init({ 4*ggml_tensor_overhead(), nullptr, true }) };
+
+    ggml_tensor * res = ggml_new_tensor_3d(ctx.get(), t->type, t->ne[0], n_cells, 1);
+
+    ggml_set_name(res, t->name);
+
+    ggml_backend_buffer_ptr buf { csp_alloc_rows(ctx.get(), res, ggml_backend_buffer_get_type(t->buffer)) };
     if (!buf) {
         return false;
     }
 
+    csp_copy_rows(ctx.get(), t, res, n_rows);
+
+    t      = res;
+    stream = ggml_view_2d(ctx.get(), res, res->ne[0], n_cells, res->nb[1], 0);
+
+    ggml_backend_view_init(stream);
+
+    bufs.emplace_back(std::move(ctx), std::move(buf));
+
+    return true;
+}
+
+bool llama_csp::resize_layer(llama_kv_cache & cache, size_t i, uint32_t n_cells) {
+    auto & l = cache.layers[i];
+
     const uint32_t n_rows = std::min(n_cells, cache.v_cells[0].used_max_p1());
 
-    // no NaN in the padding
-    if (ggml_backend_buffer_is_host(buf.get())) {
-        for (auto * t : { k, v }) {
-            memset((char *) t->data + n_rows*t->nb[1], 0, (n_cells - n_rows)*t->nb[1]);
-        }
-    } else {
-        ggml_backend_buffer_clear(buf.get(), 0);
-    }
+    const auto * k = l.k;
 
-    csp_copy_rows(ctx.get(), l.k, k, n_rows);
-    csp_copy_rows(ctx.get(), l.v, v, n_rows);
+    const bool res =
+        csp_resize_rows(l.k, l.k_stream[0], n_cells, n_rows, cache.ctxs_bufs) &&
+        csp_resize_rows(l.v, l.v_stream[0], n_cells, n_rows, cache.ctxs_bufs);
 
     for (auto & cur : layers) {
-        if (cur.k == l.k) {
-            cur.k = k;
-            cur.v = v;
+        if (cur.k == k) {
+            cur.k = l.k;
+            cur.v = l.v;
         }
     }
-
-    l.k = k;
-    l.v = v;
-
-    l.k_stream = { k_stream };
-    l.v_stream = { v_stream };
-
-    cache.ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
 
     // layers leave the buffer that they share one by one
     const auto is_unused = [&](const auto & cur) {
-        return std::none_of(cache.layers.begin(), cache.layers.end(), [&](const auto & l) { return l.k->buffer == cur.second.get(); });
+        return std::none_of(cache.layers.begin(), cache.layers.end(), [&](const auto & l) {
+            return l.k->buffer == cur.second.get() || l.v->buffer == cur.second.get();
+        });
     };
 
     cache.ctxs_bufs.erase(std::remove_if(cache.ctxs_bufs.begin(), cache.ctxs_bufs.end(), is_unused), cache.ctxs_bufs.end());
 
     // else the pages of all layers are held until the last of them has moved
-    if (ggml_nbytes(k) > N_TRIM) {
+    if (!csp_is_map(l.k->buffer) && ggml_nbytes(l.k) > N_TRIM) {
         csp_trim();
     }
 
-    return true;
+    return res;
 }
 
 void llama_csp::resize_cache(llama_kv_cache & cache, uint32_t n_cells) {

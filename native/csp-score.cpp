@@ -47,11 +47,18 @@ ggml_tensor * csp_build_logits(csp_graph & graph, const llama_csp::layer & l, gg
 
     const auto & hparams = graph.lctx.get_model().hparams;
 
-    q = ggml_permute(ctx0, ggml_reshape_3d(ctx0, q, l.n_embd_head_k, l.n_head,    q->ne[1]), 0, 2, 1, 3);
+    const int64_t n_q = q->ne[1];
+
+    q = ggml_permute(ctx0, ggml_reshape_3d(ctx0, q, l.n_embd_head_k, l.n_head,    n_q),      0, 2, 1, 3);
     k = ggml_permute(ctx0, ggml_reshape_3d(ctx0, k, l.n_embd_head_k, l.n_head_kv, k->ne[1]), 0, 2, 1, 3);
+
+    // all queries of a KV head in one product
+    q = ggml_reshape_3d(ctx0, ggml_cont(ctx0, q), l.n_embd_head_k, n_q*l.n_head/l.n_head_kv, l.n_head_kv);
 
     ggml_tensor * res = ggml_mul_mat(ctx0, k, q);
     ggml_prec_set_acc(res, GGML_PREC_F32);
+
+    res = ggml_reshape_3d(ctx0, res, k->ne[1], n_q, l.n_head);
 
     // as in ggml_flash_attn_ext
     if (hparams.attn_soft_cap) {
@@ -138,11 +145,14 @@ void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int3
     for (size_t i_block = 0; i_block < rows.size(); i_block += n_block) {
         csp_attn_graph graph(*this, l, cells, csp_block(rows, i_block, n_block), params.n_score);
 
-        ggml_tensor * from = graph.new_input(GGML_TYPE_F32, graph.n_q, N_MODALITY);
+        const int64_t n_rows = int64_t(graph.n_q)*n_group; // of the attention to a KV head
 
-        ggml_tensor * cur = ggml_cont(graph.ctx0, ggml_permute(graph.ctx0, graph.attn, 1, 0, 2, 3));
+        ggml_tensor * from = graph.new_input(GGML_TYPE_F32, n_rows, N_MODALITY);
 
-        cur = ggml_mul_mat(graph.ctx0, from, cur); // [N_MODALITY, n_cells, n_head]
+        ggml_tensor * cur = ggml_reshape_3d(graph.ctx0, graph.attn, n_cells, n_rows, l.n_head_kv);
+
+        cur = ggml_cont(graph.ctx0, ggml_permute(graph.ctx0, cur, 1, 0, 2, 3));
+        cur = ggml_mul_mat(graph.ctx0, from, cur); // [N_MODALITY, n_cells, n_head_kv]
         ggml_prec_set_acc(cur, GGML_PREC_F32);
 
         ggml_set_output(cur);
@@ -161,9 +171,9 @@ void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int3
         graph.alloc();
         graph.set_inputs();
 
-        std::vector<float> from_data(N_MODALITY*graph.n_q, 0.0f);
-        for (uint32_t i = 0; i < graph.n_q; ++i) {
-            from_data[window[graph.rows_data[i]].modality*graph.n_q + i] = 1.0f;
+        std::vector<float> from_data(N_MODALITY*n_rows, 0.0f);
+        for (int64_t i = 0; i < n_rows; ++i) {
+            from_data[window[graph.rows_data[i%graph.n_q]].modality*n_rows + i] = 1.0f;
         }
         ggml_backend_tensor_set(from, from_data.data(), 0, ggml_nbytes(from));
 
@@ -171,13 +181,8 @@ void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int3
 
         const auto data = csp_get(cur);
 
-        for (uint32_t h = 0; h < l.n_head; ++h) {
-            const float * src = data.data() + size_t(h)*N_MODALITY*n_cells;
-                  float * dst = sums.data() + size_t(h/n_group)*N_MODALITY*n_cells;
-
-            for (size_t i = 0; i < size_t(N_MODALITY)*n_cells; ++i) {
-                dst[i] += src[i];
-            }
+        for (size_t i = 0; i < sums.size(); ++i) {
+            sums[i] += data[i];
         }
 
         if (params.inspect) {
