@@ -626,7 +626,7 @@ class Engine:
         if code != 0:
             raise ImageError(f"picture {item.picture + 1} can't be encoded: {why}")
         pointer = mtmd.mtmd_get_output_embd(self._projector)
-        embedding = np.ctypeslib.as_array(pointer, (item.n_tokens, self.n_embd)).copy()
+        embedding = native.array(pointer, item.n_tokens, self.n_embd).copy()
         self.n_encoded += 1
         self.encode_s += time.perf_counter() - t0
         return embedding
@@ -731,7 +731,7 @@ class Engine:
         """float32 [n_vocab] after the last token; a view, valid until the next decode."""
         pointer = llama.llama_get_logits_ith(self._ctx, -1)
         self._check_servers()
-        return np.ctypeslib.as_array(pointer, (self.tokenizer.n_vocab,))
+        return native.array(pointer, self.tokenizer.n_vocab)
 
     def redecode(self) -> None:
         """Decode the last token once more, over the cache as it is now. `logits` are its own then.

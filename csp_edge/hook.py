@@ -358,8 +358,8 @@ def _as_cells(row: object, n_cells: int) -> npt.NDArray[np.uint32] | None:
 
 def _write_choice(choice: Any, layer: LayerView, rows: list[npt.NDArray[np.uint32]]) -> None:
     n_kv, n_cells = layer.token.shape
-    n_kept = np.ctypeslib.as_array(choice.n_kept, (n_kv,))
-    kept = np.ctypeslib.as_array(choice.kept, (n_kv, n_cells))
+    n_kept = native.array(choice.n_kept, n_kv)
+    kept = native.array(choice.kept, n_kv, n_cells)
     for head, row in enumerate(rows):
         n_kept[head] = len(row)
         kept[head, : len(row)] = row
@@ -371,4 +371,4 @@ def _last_error() -> str:
 
 
 def _array(pointer: Any, *shape: int) -> npt.NDArray[Any]:
-    return np.ctypeslib.as_array(pointer, shape).copy()
+    return native.array(pointer, *shape).copy()

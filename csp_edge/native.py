@@ -8,6 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from csp_edge.errors import LibraryError
 
 logger = logging.getLogger("csp_edge")
@@ -51,6 +54,24 @@ def explained(function: Callable[..., Any], *args: Any) -> tuple[Any, str]:
     _said.errors = errors
     result = function(*args)
     return result, re.sub(r"^(\w+: )+", "", errors[0]) if errors else ""
+
+
+class _Elements:
+    def __init__(self, pointer: Any, shape: tuple[int, ...]) -> None:
+        self.__array_interface__ = {
+            "data": (ctypes.addressof(pointer.contents), False),
+            "shape": shape,
+            "typestr": np.dtype(pointer._type_).str,
+            "version": 3,
+        }
+
+
+def array(pointer: Any, *shape: int) -> npt.NDArray[Any]:
+    """What a ctypes pointer points to, as long as that is there. No copy.
+
+    numpy.ctypeslib.as_array makes a new ctypes type of each shape, some KiB that live on in cycles.
+    """
+    return np.asarray(_Elements(pointer, shape))
 
 
 # llama-csp-policy.h
