@@ -7,6 +7,7 @@ import binascii
 import contextlib
 import hashlib
 import http.client
+import importlib
 import io
 import os
 import re
@@ -35,8 +36,19 @@ DOWNLOAD_SECONDS = 60.0
 _KNOWN_BYTES = 64 * 1024**2  # longer files are decoded each time
 _N_KNOWN = 4096
 
-# only decoders that check the size in the header and start no other programs
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# only decoders that check the size in the header and start no other programs, with their modules in
+# Pillow: importing all of them, and the rest, takes longer than opening a picture
+FORMATS = {
+    "PNG": "Png",
+    "JPEG": "Jpeg",
+    "WEBP": "WebP",
+    "GIF": "Gif",
+    "BMP": "Bmp",
+    "TIFF": "Tiff",
+    "PPM": "Ppm",
+    "AVIF": "Avif",
+    "JPEG2000": "Jpeg2K",
+}
 
 
 def load_image(
@@ -338,16 +350,26 @@ def _download(name: str, url: str) -> bytes:
 
 
 def _open(name: str, file: Path | bytes, max_pixels: int) -> Image.Image:
-    Image.init()
-    formats = [form for form in FORMATS if form in Image.OPEN]
-    try:
-        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
-    except Image.DecompressionBombError:
-        raise ImageError(f"{name}: more than the limit of {max_pixels} pixels, scale it") from None
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise ImageError(f"{name}: {error.strerror}") from None
-        raise ImageError(f"{name}: not a picture ({', '.join(formats)})") from None
+    known: list[str] = []
+    for formats in (("PNG", "JPEG"), FORMATS):
+        known = _decoders(formats)
+        try:
+            return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=known)
+        except Image.DecompressionBombError:
+            raise ImageError(
+                f"{name}: more than the limit of {max_pixels} pixels, scale it"
+            ) from None
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise ImageError(f"{name}: {error.strerror}") from None
+    raise ImageError(f"{name}: not a picture ({', '.join(known)})")
+
+
+def _decoders(formats: Iterable[str]) -> list[str]:
+    """Those of the formats that Pillow was built for, ready."""
+    for form in formats:
+        importlib.import_module(f"PIL.{FORMATS[form]}ImagePlugin")
+    return [form for form in formats if form in Image.OPEN]
 
 
 def _check_size(name: str, size: tuple[int, ...], max_pixels: int) -> None:
