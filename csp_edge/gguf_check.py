@@ -302,10 +302,12 @@ def _check_vision(header: Header) -> None:
         "v.patch_embd.weight": (patch_size, patch_size, 3, n_embd),
         "v.position_embd.weight": (n_embd, n_positions),
     }.items():
-        if header.tensors[name].shape != shape:
+        found = header.tensors[name].shape
+        # some converters leave dimensions of 1 behind
+        if found[: len(shape)] != shape or math.prod(found[len(shape) :]) != 1:
             raise ProjectorError(
                 f"{header.path}: tensor {name!r} has the shape "
-                f"{list(header.tensors[name].shape)}, not {list(shape)}: the file is corrupt"
+                f"{list(found)}, not {list(shape)}: the file is corrupt"
             )
 
 

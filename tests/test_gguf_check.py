@@ -127,6 +127,19 @@ def test_projector_without_a_tensor(mmproj: Header) -> None:
             check_projector(Header(mmproj.path, mmproj.metadata, mmproj.types, tensors))
 
 
+def test_projector_with_dimensions_of_1(mmproj: Header) -> None:
+    """InternVL's positions are [n_embd, n_patches, 1]."""
+    positions = mmproj.tensors["v.position_embd.weight"]
+
+    def with_shape(*shape: int) -> Header:
+        tensors = mmproj.tensors | {positions.name: positions._replace(shape=shape)}
+        return Header(mmproj.path, mmproj.metadata, mmproj.types, tensors)
+
+    check_projector(with_shape(*positions.shape, 1))
+    with pytest.raises(ProjectorError, match=r"\[192, 64, 2\], not \[192, 64\]"):
+        check_projector(with_shape(*positions.shape, 2))
+
+
 def test_projector_for_another_model(model: Header, mmproj: Header) -> None:
     other = changed(model, llama__embedding_length=512)
     with pytest.raises(ProjectorError, match="made for another model, its embeddings have 256 val"):
