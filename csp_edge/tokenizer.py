@@ -130,7 +130,8 @@ class Tokenizer:
 
         Raises:
             PromptError: no tokens come out, or a text is not valid Unicode.
-            ProjectorError: there are pictures and no projector.
+            ProjectorError: there are pictures and no projector, or one that marks them with tokens
+                that the model lacks.
             ImageError: the projector refuses a picture.
         """
         items: list[Item] = []
@@ -184,7 +185,7 @@ class Tokenizer:
                 if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
                     n = ctypes.c_size_t()
                     tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, n)
-                    items += tokens[: n.value]
+                    items += self._marks(tokens[: n.value])
                     continue
                 picture = int(mtmd.mtmd_input_chunk_get_id(chunk))
                 key, tile = pictures[picture].key, n_tiles[picture]
@@ -194,6 +195,14 @@ class Tokenizer:
         finally:
             mtmd.mtmd_input_chunks_free(chunks)
         return len(pictures)
+
+    def _marks(self, tokens: list[int]) -> list[int]:
+        if min(tokens, default=0) < 0:
+            raise ProjectorError(
+                f"{self._path}: has no token for a mark that the projector sets around pictures: "
+                "give the model that the projector was made for"
+            )
+        return tokens
 
     def _patches(self, chunk: int, key: bytes, picture: int, tile: int) -> Patches:
         n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
