@@ -9,14 +9,30 @@ native := CMakeLists.txt pyproject.toml native patches $(wildcard cmake/* native
 help:
 	@echo 'make demo    answer questions about pictures, over the full and over a pruned cache'
 	@echo 'make test    run all tests'
+	@echo 'make families  make small models of many families, for tests: installs PyTorch, transformers'
 	@echo 'make lock    bring requirements.lock up to date with pyproject.toml'
 	@echo 'make clean   remove all that was built and installed here'
 
 demo: .venv/csp-edge
 	@csp-edge demo
 
-test: .venv/csp-edge
+# models of families, once made, are kept up to date
+test: .venv/csp-edge $(wildcard build/families/made)
 	@pytest
+
+families: build/families/made
+
+build/families/made: .venv/families/installed requirements.lock $(wildcard tools/families/*) | .venv/csp-edge
+	@.venv/families/bin/python tools/families/make.py build/patched/source build/families
+	@touch $@
+
+# not in the lock: on many machines PyTorch comes with gigabytes of CUDA, unless pip finds another build
+.venv/families/installed: tools/families/requirements.txt | .venv/packages
+	@echo 'Installing PyTorch and transformers into .venv/families'
+	@$(PYTHON) -m venv .venv/families
+	@.venv/families/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-r $<
+	@touch $@
 
 # csp-edge, from this very tree. Only what changed since is compiled.
 .venv/csp-edge: .venv/packages .venv/options $(native)
@@ -59,4 +75,4 @@ tools:
 
 FORCE:
 
-.PHONY: help demo test lock clean tools FORCE
+.PHONY: help demo test families lock clean tools FORCE

@@ -4,8 +4,9 @@
 
 set(LLAMA_CPP_DIR "${CMAKE_BINARY_DIR}/source")
 
-# what the libraries are built from, and the tables of which backend supports which op
-set(LLAMA_CPP_PARTS CMakeLists.txt LICENSE cmake docs/ops ggml include src tools/mtmd vendor)
+# what the libraries are built from, the tables of which backend supports which op, and the converter
+set(LLAMA_CPP_PARTS CMakeLists.txt LICENSE cmake conversion convert_hf_to_gguf.py docs/ops ggml
+    gguf-py/gguf include src tools/mtmd vendor)
 
 set(lock "${CMAKE_SOURCE_DIR}/requirements.lock")
 file(READ "${lock}" text)
