@@ -254,6 +254,15 @@ def test_no_memory_to_shrink(engine):
     np.testing.assert_array_equal(ahead(engine), expected)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counted by Linux' own files")
+def test_cells_take_memory_once_they_are_used(engine):
+    expected, resident = ahead(engine), resident_memory()
+    engine._hook.resize(2**18)
+    # what llama.cpp notes of each cell is some 50 bytes
+    assert resident_memory() - resident < 2**18 * engine.bytes_per_cell / 4
+    np.testing.assert_array_equal(ahead(engine), expected)
+
+
 CYCLES = """
 import json, sys
 from pathlib import Path
