@@ -105,11 +105,18 @@ def sampled(start: float, interval: float = 0.02) -> Iterator[list[tuple[float, 
 
 def conversation(name: str, images: list[str], n_turns: int) -> list[list[tuple[float, float]]]:
     """Of every turn (turn, MiB): within a turn time goes from 0 to 1."""
-    with EdgeVLM.demo(n_ctx=N_CTX, n_threads=1, kv_type="f32", **CACHES[name]) as vlm:
+    n_ctx = N_CTX
+    if name == "all cells at once":
+        n_ctx = len(images) * 72 + n_turns * 64
+        init = Engine._init_context
+        # as llama.cpp does by itself
+        Engine._init_context = lambda self, n_ubatch, n_ctx, n_cells=None: init(
+            self, n_ubatch, n_ctx
+        )
+    with EdgeVLM.demo(n_ctx=n_ctx, n_threads=1, kv_type="f32", **CACHES[name]) as vlm:
         start = status("RssAnon")
         if name == "all cells at once":
-            n_cells = len(images) * 72 + n_turns * 64
-            vlm.engine._hook.resize(n_cells)
+            start -= vlm.engine.n_cells_max * vlm.engine.bytes_per_cell / MIB
         messages, turns = [], []
         per_turn = len(images) // n_turns
         for i in range(n_turns):
