@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure csp-edge beside its peers, from the tree's root, with logs in the
+# Measure csp-edge beside its peers and write docs/benchmarks.md, from the tree's root, with logs in the
 # folder given. A quarter of an hour on two cores, and a few minutes more the first time, when the
 # peers are installed, into build/peers: see bench/peers/README.md.
 #
@@ -17,3 +17,4 @@ for peer in llama transformers; do
     fi
 done
 $python $here/run.py "$@"
+$python $here/page.py "$1/log.jsonl" docs/benchmarks.md

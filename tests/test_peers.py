@@ -1,4 +1,4 @@
-"""bench/peers: all sides are asked the same."""
+"""bench/peers: all sides are asked the same, and the page says what the log does."""
 
 import importlib.util
 import json
@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from csp_edge.errors import OptionError
+from csp_edge.eval.log import read_log
+
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / "bench" / "peers"
+LOG = PEERS / "log.jsonl"
 
 
 def load(name: str) -> Any:
@@ -22,6 +26,42 @@ def load(name: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_page_is_of_the_log() -> None:
+    assert load("page").page(*read_log(LOG)) == (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_ratios_are_of_medians() -> None:
+    header, entries = read_log(LOG)
+    for side, cache, seconds in (
+        ("llama.cpp", "f16", (1.0, 2.0, 9.0)),
+        ("csp-edge", "20%", (5.0, 0.1, 1.0)),
+    ):
+        turns = [e for e in entries if "turn" in e and (e["side"], e["cache"]) == (side, cache)]
+        turn = next(e for e in turns if e["case"] == "text")
+        entries = [e for e in entries if e["case"] != "text" or e not in turns]
+        entries += [turn | {"turn": turn["turn"] | {"second_s": s}} for s in seconds]
+    rows = load("page").page(header, entries).splitlines()
+    row = next(row for row in rows if row.startswith("| csp-edge, 20%"))
+    assert row.split(" | ")[4] == "0.50"
+
+
+@pytest.mark.parametrize("kind", ["memory", "same", "screened", "turn"])
+def test_page_refuses_a_log_that_is_not_whole(kind: str) -> None:
+    header, entries = read_log(LOG)
+    with pytest.raises(OptionError, match="not whole"):
+        load("page").page(header, [entry for entry in entries if kind not in entry])
+
+
+def test_page_refuses_another_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"log": "fidelity"}) + "\n")
+    command = [sys.executable, str(PEERS / "page.py"), str(path), str(tmp_path / "page.md")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "a log of fidelity" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_best_press_frees_memory_and_runs_at_both_budgets() -> None:

@@ -1,4 +1,7 @@
-"""Our side: csp.py CASE full|20%|... Text goes to the engine, pictures through EdgeVLM.chat."""
+"""Our side: csp.py CASE full|20%|20%:64 (a window of 64, all of it kept)
+
+Text goes to the engine, pictures through EdgeVLM.chat.
+"""
 
 import time
 from typing import Any
@@ -16,7 +19,11 @@ from csp_edge.tokenizer import Prompt
 class Ours:
     def __init__(self, case: Case, cache: str) -> None:
         self.case = case
-        self.cache = Full() if cache == "full" else CSP(parse_budget(cache))
+        self.cache: CSP | Full = Full()
+        if cache != "full":
+            budget, _, window = cache.partition(":")
+            n_window = int(window) if window else None
+            self.cache = CSP(parse_budget(budget), window=n_window, recent=n_window)
         self.vlm = EdgeVLM(
             case.settings["model"], cache=self.cache, n_threads=case.settings["n_threads"]
         )

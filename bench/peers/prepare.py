@@ -130,8 +130,7 @@ def main() -> None:
         with EdgeVLM(path, cache=Full(), n_threads=n_threads) as vlm:
             found, settings = make(vlm)
             info, bytes_per_cell = vlm.engine.info, vlm.engine.bytes_per_cell
-        settings |= {"name": info.name, "quantization": info.quantization}
-        settings |= {"bytes_per_cell": bytes_per_cell}
+        settings |= {"quantization": info.quantization, "bytes_per_cell": bytes_per_cell}
         settings |= {"model": str(files.model), "mmproj": str(files.mmproj or "")}
         settings |= {"n_threads": n_threads, "n_screened": N_SCREENED[name]}
         settings |= {"n_prompt": len(found[0].tokens), "n_compared": len(found) - 1}

@@ -1,8 +1,9 @@
-"""transformers with kvpress, on the same weights as float32.
+"""transformers with kvpress, on the same weights, dequantized.
 
     presses.py CASE convert              the GGUF's weights, for the others to load quickly
     presses.py CASE screen FILE          try every press, against the full cache's logits in FILE
-    presses.py CASE full|SnapKVPress:20% a side
+    presses.py CASE full|full:bfloat16|SnapKVPress:20%
+                                         a side
 
 Pictures come as the embeddings of our projector: transformers has no model with such a one.
 """
@@ -44,18 +45,19 @@ class Presses:
         self.case = case
         torch.manual_seed(0)  # some presses draw
         torch.set_num_threads(case.settings["n_threads"])
+        dtype = torch.bfloat16 if cache == "full:bfloat16" else torch.float32
         self.model = AutoModelForCausalLM.from_pretrained(
-            _converted(), dtype=torch.float32, attn_implementation="sdpa"
+            _converted(), dtype=dtype, attn_implementation="sdpa"
         ).eval()
-        self.press = self.find(cache)
+        self.choose(cache)
 
-    def find(self, cache: str) -> AbstractContextManager[None]:
-        """What is entered while the prompt is read."""
-        if cache == "full":
-            return nullcontext
+    def choose(self, cache: str) -> None:
+        """Prune prompts so from now on."""
+        self.press: Callable[[], AbstractContextManager[None]] = nullcontext
         name, _, budget = cache.partition(":")
-        press = PRESSES[name](1 - float(budget.rstrip("%")) / 100)
-        return lambda: press(self.model)
+        if name != "full":
+            press = PRESSES[name](1 - float(budget.rstrip("%")) / 100)
+            self.press = lambda: press(self.model)
 
     @torch.inference_mode()
     def turn(self) -> dict[str, Any]:
@@ -66,7 +68,6 @@ class Presses:
         t0 = time.perf_counter()
         self._prefill(inputs)
         t1 = time.perf_counter()
-        kv_bytes = self._kv_bytes()
         for i, token in enumerate(window.continuation[:n_answer].tolist()):
             if i == n_warm:
                 t2 = time.perf_counter()
@@ -81,7 +82,7 @@ class Presses:
             "decode_s": t3 - t2,
             "n_decode": n_answer - n_warm,
             "second_s": t4 - t3,
-            "kv_bytes": kv_bytes,
+            "kv_bytes": self.kv_bytes,
         }
 
     @torch.inference_mode()
@@ -99,13 +100,15 @@ class Presses:
             embed(torch.tensor(part)) if isinstance(part, list) else torch.tensor(part)
             for part in window.parts()
         ]
-        return {"inputs_embeds": torch.cat(parts)[None]}
+        return {"inputs_embeds": torch.cat(parts)[None].to(self.model.dtype)}
 
     def _prefill(self, inputs: dict[str, torch.Tensor]) -> None:
         self.cache = DynamicCache()
         self.n_past = next(iter(inputs.values())).shape[1]
         with self.press():
             self.model(**inputs, past_key_values=self.cache, logits_to_keep=1)
+        layers = self.cache.layers
+        self.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     def _decode(self, tokens: list[int]) -> np.ndarray:
         # the cache is shorter than the text: what comes next is where it would be without pruning
@@ -117,27 +120,21 @@ class Presses:
             past_key_values=self.cache,
             logits_to_keep=1,
         )
-        return out.logits[0, -1].numpy()
-
-    def _kv_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return out.logits[0, -1].float().numpy()
 
     def screen(self, path: Path) -> Iterator[dict[str, Any]]:
         """Every press at every budget, on the first of the compared windows."""
         n = self.case.settings["n_screened"]
         windows, full = self.case.windows[1 : 1 + n], reference(path)[:n]
-        with torch.inference_mode():
-            self._prefill(self._inputs(windows[-1]))
-        n_bytes = self._kv_bytes()
+        self.logits(windows[-1])
+        n_bytes = self.kv_bytes
         for name in PRESSES:
             for budget in BUDGETS:
                 found: dict[str, Any] = {"press": name, "budget": budget}
                 try:
-                    self.press = self.find(f"{name}:{budget}")
+                    self.choose(f"{name}:{budget}")
                     found |= divergence(full, [self.logits(window) for window in windows])
-                    with torch.inference_mode():
-                        self._prefill(self._inputs(windows[-1]))
-                    found["kv_share"] = self._kv_bytes() / n_bytes
+                    found["kv_share"] = self.kv_bytes / n_bytes
                 except Exception as error:  # whatever keeps it from running is told
                     found["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 yield found

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,9 +73,13 @@ def sides(case: str, best: str) -> list[Side]:
         Side("llama.cpp", kind, "llama", "llama.py", "llama.cpp") for kind in ("q8_0", "q4_0")
     ]
     found += [ours[1]]
+    if case == "text":
+        # kvpress's presses look at 64 queries, and keep their cells
+        found += [Side("csp-edge", f"{b}:64", "", "csp.py", "llama.cpp") for b in BUDGETS]
     if case == "demo":
         found.append(Side("llama-cpp-python", "f16", "llama", "handler.py", None))
-    caches = ["full"] + [f"{name}:{b}" for name in dict.fromkeys((SNAPKV, best)) for b in BUDGETS]
+    caches = ["full", "full:bfloat16"]
+    caches += [f"{name}:{b}" for name in dict.fromkeys((SNAPKV, best)) for b in BUDGETS]
     return found + [Side("kvpress", c, "transformers", "presses.py", "kvpress") for c in caches]
 
 
@@ -88,9 +93,9 @@ def environment(n_threads: int) -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": str(n_threads), "HF_HUB_OFFLINE": "1"}
 
 
-def measure(folder: Path, name: str, n_rounds: int, env: dict[str, str], log: Log) -> None:
+def measure(case: Path, n_rounds: int, env: dict[str, str], log: Log) -> None:
     """All of one case."""
-    case = folder / name
+    name = case.name
     full = Side("kvpress", "full", "transformers", "presses.py", "kvpress")
     with Worker(full, case, env) as worker:
         worker.ask(["agree", str(case / "kvpress.npz")])
@@ -155,40 +160,39 @@ def processor() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.machine()
 
 
+def prepare(folder: Path, n_threads: int, env: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What all are asked, and, by case, what there is to say of it. Nothing of an earlier run."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    command = [sys.executable, str(HERE / "prepare.py"), str(folder), str(n_threads)]
+    subprocess.run(command, check=True)
+    cases = {}
+    for case in sorted(folder.iterdir(), reverse=True):
+        command = [_python("transformers"), str(HERE / "presses.py"), str(case), "convert"]
+        subprocess.run(command, env=env, check=True)
+        settings = json.loads((case / "case.json").read_text())
+        told = ("quantization", "n_prompt", "n_pictures", "n_compared")
+        cases[case.name] = {name: settings[name] for name in told}
+    return cases
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     parser.add_argument("--rounds", metavar="N", type=int, default=3, help="default: 3")
     parser.add_argument("--threads", metavar="N", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
     env = environment(args.threads)
-    command = [sys.executable, str(HERE / "prepare.py"), str(args.folder), str(args.threads)]
-    subprocess.run(command, check=True)
-    cases = {
-        name: json.loads((args.folder / name / "case.json").read_text())
-        for name in ("text", "demo")
-    }
-    for name in cases:
-        # logits of another run are none to be held against
-        for path in (args.folder / name).glob("*.npz"):
-            if path.name != "windows.npz":
-                path.unlink()
-        if not (args.folder / name / "transformers").exists():
-            convert = [_python("transformers"), str(HERE / "presses.py"), str(args.folder / name)]
-            subprocess.run([*convert, "convert"], env=env, check=True)
+    header: dict[str, Any] = {"log": "peers", "versions": versions(), "processor": processor()}
+    header |= {"threads": args.threads, "load": os.getloadavg()[0]}
+    header["cases"] = prepare(args.folder / "cases", args.threads, env)
     path = args.folder / "log.jsonl"
     path.unlink(missing_ok=True)
-    header = {"log": "peers", "versions": versions(), "processor": processor()}
-    header |= {"threads": args.threads, "load": os.getloadavg()[0]}
-    header["cases"] = {
-        name: {k: each[k] for k in ("name", "quantization", "n_prompt", "n_pictures", "n_compared")}
-        for name, each in cases.items()
-    }
     with Log(path, header) as log:
         # a short conversation takes more of them
         for name, n_rounds in (("text", args.rounds), ("demo", 5 * args.rounds)):
-            measure(args.folder, name, n_rounds, env, log)
+            measure(args.folder / "cases" / name, n_rounds, env, log)
 
 
 if __name__ == "__main__":
