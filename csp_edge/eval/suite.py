@@ -50,12 +50,16 @@ N_IMAGES_LEAST = {"compare": 2, "follow": 3}
 @dataclass(frozen=True, slots=True)
 class Question:
     """A question, its answer, and for each part of the answer (between commas) the cells that show
-    it: (image, cell), both from 0. None for a sign, which stands across cells."""
+    it: (image, cell), both from 0. None for a sign, which stands across cells.
+
+    `via`: the cell from which the question points to another one.
+    """
 
     skill: str
     text: str
     answer: str
     where: tuple[tuple[tuple[int, int], ...], ...] = ()
+    via: tuple[int, int] | None = None
 
 
 #
@@ -209,12 +213,12 @@ def _relation(rng: Rng, scenes: Sequence[Scene], k: int) -> Question | None:
         for words, step in STEPS.items():
             other = step(cell)
             if other is not None and other in things and len(scenes[k].find(thing.kind)) == 1:
-                found.append((words, thing, other))
+                found.append((words, cell, other))
     if not found:
         return None
-    words, thing, other = found[int(rng.integers(len(found)))]
-    text = f"What is {words} the {thing.kind} in image {k + 1}?"
-    return Question("relation", text, str(things[other]), (((k, other),),))
+    words, cell, other = found[int(rng.integers(len(found)))]
+    text = f"What is {words} the {things[cell].kind} in image {k + 1}?"
+    return Question("relation", text, str(things[other]), (((k, other),),), via=(k, cell))
 
 
 def _compare(rng: Rng, scenes: Sequence[Scene], k: int) -> Question | None:

@@ -18,6 +18,7 @@ from csp_edge.eval.scenes import (
     VENDORS,
     Rng,
     Scene,
+    Thing,
     draw,
 )
 from csp_edge.eval.suite import SKILLS, STEPS, Question, album, ask
@@ -34,6 +35,7 @@ DENSE = {
     "cell": 1 + len(CELLS),
     "count": 1 + len(CELLS),
     **{step: 1 + len(KINDS) for step in STEPS},
+    **{f"color {step}": 1 + len(COLORS) for step in STEPS},
 }
 
 _KIND_WORDS = np.array(
@@ -52,13 +54,14 @@ def dense_labels(scene: Scene) -> np.ndarray:
     cells = np.zeros((len(DENSE), 9), np.int64)
     for cell, thing in scene.things.items():
         cells[0, cell] = CLASSES.index(thing.kind)
-        cells[1, cell] = 1 + list(COLORS).index(thing.color) if thing.color else 0
+        cells[1, cell] = _color(thing)
         cells[3, cell] = 1 + cell
         cells[4, cell] = len(scene.find(thing.kind))
         for i, step in enumerate(STEPS.values()):
             other = step(cell)
             if other is not None and other in scene.things:
                 cells[5 + i, cell] = 1 + KINDS.index(scene.things[other].kind)
+                cells[5 + len(STEPS) + i, cell] = _color(scene.things[other])
     labels = cells.reshape(-1, 3, 3)[:, _CELL][:, :, _CELL]
     for cell in scene.things:
         labels[2, _MIDDLE[cell // 3], _MIDDLE[cell % 3]] = 1
@@ -69,6 +72,10 @@ def dense_labels(scene: Scene) -> np.ndarray:
             labels[0][is_char] = CLASSES.index(char)
             labels[2, _MIDDLE[row], 2 * i] = 1
     return labels.reshape(len(DENSE), N_PATCHES)
+
+
+def _color(thing: Thing) -> int:
+    return 1 + list(COLORS).index(thing.color) if thing.color else 0
 
 
 def picture(scene: Scene, rng: Rng, vendor: str) -> np.ndarray:
@@ -88,13 +95,40 @@ def pictures(scenes: list[Scene], rng: Rng) -> Tensor:
     return torch.from_numpy(np.stack(drawn))
 
 
+# tokens of a conversation, each with others
+Shown = list[tuple[int, list[int]]]
+
+
+def tinted(pictures: Tensor, rng: Rng) -> Tensor:
+    """Pictures without their colors, in one of any color each: what things are is all they show."""
+    gray = pictures.mean(-1, keepdim=True)
+    tints = torch.from_numpy(rng.uniform(0.3, 1, (len(pictures), 1, 1, 3)).astype(np.float32))
+    return (gray + 1) * tints - 1
+
+
+def scrambled(pictures: Tensor, rng: Rng) -> Tensor:
+    """Pictures with each patch's pixels in another order: colors are all they show."""
+    n = len(pictures)
+    patches = pictures.view(n, N_GRID, N_PIXELS_PATCH, N_GRID, N_PIXELS_PATCH, 3).transpose(2, 3)
+    order = torch.from_numpy(rng.permutation(N_PIXELS_PATCH**2))
+    mixed = patches.flatten(3, 4)[:, :, :, order].view(patches.shape)
+    return mixed.transpose(2, 3).reshape(pictures.shape)
+
+
+def colors_alone(dense: Tensor, are_colors: bool) -> Tensor:
+    """dense_labels, several of them, with only what is said of colors, or only the rest."""
+    is_other = torch.tensor([name.startswith("color") != are_colors for name in DENSE])
+    return dense.masked_fill(is_other[:, None], -100)
+
+
 @dataclass
 class Batch:
     tokens: Tensor  # [n, t]
     is_picture: Tensor  # [n, t]
     labels: Tensor  # [n, t] the token that should follow, -100: none asked for
     skill: Tensor  # [n, t] of the answer that the label is part of
-    where: list[list[tuple[int, list[int]]]]  # [n] tokens, and those that show what follows them
+    where: list[Shown]  # [n] tokens, and those that show what follows them
+    via: list[Shown]  # [n] tokens, and those that must be found before
     image: Tensor  # [n_pictures] which of its conversation
     before: Tensor  # [n_pictures, N_PATCHES] class in the picture before, -100 for the first
     dense: Tensor  # [n_pictures, len(DENSE), N_PATCHES]
@@ -111,7 +145,8 @@ class Conversation:
         self.first = []  # token of each picture
         self.ids, self.mask = [tokens.IDS[tokens.BOS]], [False]
         self.labels, self.skills = [-100], [-1]
-        self.where: list[tuple[int, list[int]]] = []
+        self.where: Shown = []
+        self.via: Shown = []
         for k in range(len(scenes)):
             self.say(tokens.encode(f" image {k + 1}:"))
             self.first.append(len(self.ids))
@@ -139,6 +174,8 @@ class Conversation:
                 part = [t for image, cell in next(parts) for t in self._cell(image, cell)]
             if part:
                 self.where.append((len(self.ids) - 1 + i, part))
+                via = self._cell(*question.via) if question.via else part
+                self.via.append((len(self.ids) - 1 + i, via))
         self.say([*answer, tokens.IDS[tokens.EOS]], skill)
 
     def _cell(self, image: int, cell: int) -> list[int]:
@@ -172,12 +209,19 @@ def conversation(rng: Rng, scenes: list[Scene], n_tokens: int, weights: np.ndarr
     for column in (talk.ids, talk.mask, talk.labels, talk.skills):
         del column[n_tokens:]
     talk.where = [(t, shown) for t, shown in talk.where if t < n_tokens]
+    talk.via = [(t, shown) for t, shown in talk.via if t < n_tokens]
     return talk
+
+
+def _crowded(rng: Rng, n_images: int) -> list[Scene]:
+    """The fuller one of two albums: neighbours and numbers are easy where there is little."""
+    albums = (album(rng, n_images, held_out=False) for _ in range(2))
+    return max(albums, key=lambda scenes: sum(len(scene.things) for scene in scenes))
 
 
 def batch(rng: Rng, n: int, n_images: int, n_tokens: int, weights: np.ndarray) -> Batch:
     """n conversations of n_tokens each about n_images pictures."""
-    albums = [album(rng, n_images, held_out=False) for _ in range(n)]
+    albums = [_crowded(rng, n_images) for _ in range(n)]
     talks = [conversation(rng, a, n_tokens, weights) for a in albums]
     dense = np.stack([[dense_labels(s) for s in a] for a in albums])
     classes, colors = dense[:, :, 0], dense[:, :, 1]
@@ -188,6 +232,7 @@ def batch(rng: Rng, n: int, n_images: int, n_tokens: int, weights: np.ndarray) -
         torch.tensor([talk.labels for talk in talks]),
         torch.tensor([talk.skills for talk in talks]),
         [talk.where for talk in talks],
+        [talk.via for talk in talks],
         torch.arange(n_images).repeat(n),
         torch.from_numpy(before).flatten(0, 1),
         torch.from_numpy(dense).flatten(0, 1),

@@ -131,6 +131,10 @@ class DemoVLM(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
+    def project(self, features: Tensor) -> Tensor:
+        """Of pictures [n, N_PATCHES, -1], as tokens."""
+        return self.mm2(F.gelu(self.mm0(features), approximate="tanh"))
+
     def forward(
         self, tokens: Tensor, is_picture: Tensor, features: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
@@ -138,7 +142,7 @@ class DemoVLM(nn.Module):
 
         tokens, is_picture: [n, t]; features: of all pictures in order, [n_pictures, N_PATCHES, -1].
         """
-        pictures = self.mm2(F.gelu(self.mm0(features), approximate="tanh"))
+        pictures = self.project(features)
         x = self.embedding(tokens).masked_scatter(
             is_picture[..., None], pictures.float().reshape(-1, pictures.shape[-1])
         )
