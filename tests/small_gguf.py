@@ -49,3 +49,19 @@ def copy(source: Path, path: Path, **keys: str | list[int]) -> Path:
     }
     copy_with_new_metadata(reader, writer, metadata, [])
     return path
+
+
+def unquantize(source: Path, target: Path) -> Path:
+    """The same model, with weights in F32."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != gguf.Keys.General.ARCHITECTURE:
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

@@ -16,6 +16,7 @@ import pytest
 from csp_edge import CSP, EdgeVLM, OptionError, ServerError
 from csp_edge.cli import main
 from csp_edge.policies import AdaKV
+from small_gguf import MODEL
 from test_csp_engine import engine_on, greedy, prefill
 
 STAR = "What color is the star in image 2?"
@@ -65,9 +66,9 @@ def server():
     server.close()
 
 
-def conversation(scenes, **options):
+def conversation(scenes, model=MODEL, **options):
     """The results of two questions, and logits: after each answer, and of the first once more."""
-    with EdgeVLM.demo(cache=CSP(0.2), n_threads=1, **options) as vlm:
+    with EdgeVLM(model, cache=CSP(0.2), n_threads=1, **options) as vlm:
         first = vlm.chat(STAR, scenes[:6])
         logits = [vlm.engine.logits.copy()]
         snapshot = vlm.engine.snapshot()
@@ -77,6 +78,22 @@ def conversation(scenes, **options):
         vlm.engine.decode(5)
         logits.append(vlm.engine.logits.copy())
         return [first, second], logits
+
+
+def answer(model, **options):
+    """The result of a question without pictures, and logits."""
+    with EdgeVLM(model, cache=CSP(48), n_threads=1, n_ctx=1024, **options) as vlm:
+        result = vlm.chat("Name three colors. " * 20, max_tokens=8)
+        assert result.cache.cells_after == 48
+        return [result], [vlm.engine.logits.copy()]
+
+
+def recollection(scenes, model=MODEL, **options):
+    """The result of a question that needs what was evicted, and logits."""
+    with EdgeVLM(model, cache=CSP(64), recall=True, n_threads=1, **options) as vlm:
+        vlm.chat(STAR, scenes[:6])
+        result = vlm.chat([*vlm.messages, BLUE])
+        return [result], [vlm.engine.logits.copy()]
 
 
 def check_same(ours, theirs, atol):
@@ -107,16 +124,7 @@ def test_layers_on_two_servers(servers, scenes, on_cpu, caplog, n_gpu_layers):
 
 
 def test_text_on_two_servers(servers, smollm2_path):
-    answers = []
-    for rpc in ([], servers):
-        with EdgeVLM(smollm2_path, cache=CSP(48), n_threads=1, n_ctx=1024, rpc=rpc) as vlm:
-            result = vlm.chat("Name three colors. " * 20, max_tokens=8)
-            assert result.cache.cells_after == 48
-            answers.append((result.text, result.cache.kept))
-    (text, kept), (expected, wanted) = answers
-    assert text == expected
-    for heads, others in zip(kept, wanted, strict=True):
-        np.testing.assert_array_equal(heads, others)
+    check_same(answer(smollm2_path, rpc=servers), answer(smollm2_path), 0)
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
@@ -141,13 +149,7 @@ def test_a_servers_cache_grows_and_shrinks(servers, demo_paths, kv_type):
 
 
 def test_recall_from_a_server(servers, scenes):
-    results = []
-    for rpc in ([], servers):
-        with EdgeVLM.demo(cache=CSP(64), recall=True, n_threads=1, rpc=rpc) as vlm:
-            vlm.chat(STAR, scenes[:6])
-            result = vlm.chat([*vlm.messages, BLUE])
-            results.append(([result], [vlm.engine.logits.copy()]))
-    check_same(*results, 0)
+    check_same(recollection(scenes, rpc=servers), recollection(scenes), 0)
 
 
 def test_a_conversation_saved_here_goes_on_there(servers, scenes, tmp_path):
