@@ -5,6 +5,7 @@
 #ifdef __linux__
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 static void csp_map_free(ggml_backend_buffer_t buf) {
     munmap(buf->context, buf->size);
@@ -23,7 +24,7 @@ ggml_backend_buffer_t csp_map_alloc(size_t size) {
     return res;
 }
 
-bool csp_map_resize(ggml_backend_buffer_t buf, size_t size) {
+bool csp_map_resize(ggml_backend_buffer_t buf, size_t size, size_t n_used) {
     void * data = mremap(buf->context, buf->size, size, MREMAP_MAYMOVE);
     if (data == MAP_FAILED) {
         return false;
@@ -31,6 +32,12 @@ bool csp_map_resize(ggml_backend_buffer_t buf, size_t size) {
 
     buf->context = data;
     buf->size    = size;
+
+    n_used = GGML_PAD(n_used, sysconf(_SC_PAGESIZE));
+
+    if (n_used < size) {
+        madvise((char *) data + n_used, size - n_used, MADV_DONTNEED);
+    }
 
     return true;
 }
@@ -45,7 +52,7 @@ ggml_backend_buffer_t csp_map_alloc(size_t) {
     return nullptr;
 }
 
-bool csp_map_resize(ggml_backend_buffer_t, size_t) {
+bool csp_map_resize(ggml_backend_buffer_t, size_t, size_t) {
     return false;
 }
 

@@ -66,7 +66,7 @@ static ggml_backend_buffer_t csp_alloc_rows(ggml_context * ctx, ggml_tensor * t,
 // give K or V of a layer n_cells rows, of which n_rows are in use. returns false if there is no memory for it
 static bool csp_resize_rows(ggml_tensor *& t, ggml_tensor *& stream, uint32_t n_cells, uint32_t n_rows, llama_csp::bufs_t & bufs) {
     if (csp_is_map(t->buffer)) {
-        if (!csp_map_resize(t->buffer, n_cells*t->nb[1])) {
+        if (!csp_map_resize(t->buffer, n_cells*t->nb[1], n_rows*t->nb[1])) {
             return false;
         }
 
