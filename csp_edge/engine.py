@@ -4,7 +4,8 @@ import ctypes
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -394,9 +395,10 @@ class Engine:
     def clear(self) -> None:
         """Empty the cache, and give its memory back."""
         self._check_servers()
-        self._empty()
-        if self._hook:
-            self._hook.resize(0)
+        with self._asking_servers():
+            self._empty()
+            if self._hook:
+                self._hook.resize(0)
 
     def _empty(self) -> None:
         self._forget()
@@ -433,6 +435,15 @@ class Engine:
         if self._servers:
             self._servers.check()
 
+    @contextmanager
+    def _asking_servers(self) -> Iterator[None]:
+        """Where a server is lost, that is why this fails, whatever the error says."""
+        try:
+            yield
+        except CspEdgeError:
+            self._check_servers()
+            raise
+
     def observe(self, n_window: int) -> None:
         """Keep the queries of the last `n_window` tokens decoded from now on, for prune(). 0: none.
 
@@ -440,7 +451,8 @@ class Engine:
             MemoryLimitError: they don't fit.
         """
         if self._hook:
-            self._hook.observe(n_window)
+            with self._asking_servers():
+                self._hook.observe(n_window)
 
     def prefill(
         self, prompt: Prompt, *, room: int = 0, window: int = 0, policy: Policy | None = None
@@ -827,7 +839,8 @@ class Engine:
         """
         if not self._hook:
             raise self._no_snapshot()
-        cache = self._hook.snapshot()
+        with self._asking_servers():
+            cache = self._hook.snapshot()
         self._check_servers()
         return Snapshot(
             cache,

@@ -15,6 +15,7 @@ import pytest
 
 from csp_edge import CSP, EdgeVLM, OptionError, ServerError
 from csp_edge.cli import main
+from csp_edge.engine import Engine
 from csp_edge.policies import AdaKV
 from small_gguf import MODEL
 from test_csp_engine import engine_on, greedy, prefill
@@ -220,6 +221,17 @@ def test_a_server_that_is_lost_while_the_model_loads(server, share):
 
     with pytest.raises(ServerError, match=server.endpoint):
         EdgeVLM.demo(n_threads=1, rpc=[server.endpoint], progress=progress)
+
+
+@pytest.mark.parametrize("call", [Engine.clear, Engine.snapshot, lambda e: e.observe(8)])
+def test_a_server_that_is_lost_between_two_questions(server, scenes, call):
+    with EdgeVLM.demo(n_threads=1, rpc=[server.endpoint]) as vlm:
+        vlm.chat(STAR, scenes[:3])
+        server.process.kill()
+        server.process.wait()
+        with pytest.raises(ServerError, match="is lost"):
+            call(vlm.engine)
+            vlm.chat(STAR)
 
 
 def test_a_server_that_is_killed_at_any_time(server, scenes):
