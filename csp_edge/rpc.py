@@ -30,7 +30,9 @@ class Servers:
     """
 
     def __init__(self, endpoints: Sequence[str]) -> None:
-        if isinstance(endpoints, str) or not all(isinstance(e, str) for e in endpoints):
+        if not isinstance(endpoints, list | tuple) or not all(
+            isinstance(endpoint, str) for endpoint in endpoints
+        ):
             raise OptionError(f"rpc={endpoints!r}: give a list like ['192.168.1.2:{PORT}']")
         self.endpoints = list(dict.fromkeys(_resolve(endpoint) for endpoint in endpoints))
         for endpoint in self.endpoints:
@@ -97,7 +99,14 @@ def serve(host: str, port: int, n_threads: int) -> None:
 def _resolve(endpoint: str) -> str:
     """With the host's address for its name."""
     host, colon, port = endpoint.partition(":")
-    if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+    if not (
+        host
+        and colon
+        and port.isascii()
+        and port.isdigit()
+        and len(port) <= 5
+        and 0 < int(port) < 2**16
+    ):
         raise OptionError(f"RPC server {endpoint!r}: give HOST:PORT, like 192.168.1.2:{PORT}")
     try:
         return f"{socket.gethostbyname(host)}:{int(port)}"

@@ -8,7 +8,7 @@
 // returns NULL if there is no memory for it, or no such system
 ggml_backend_buffer_t csp_map_alloc(size_t size);
 
-// moves the first n_used bytes of what is in it. returns false and changes nothing if there is no memory for it
+// keeps the first n_used bytes of what is in it. all from the next page on is zero. returns false and changes nothing if there is no memory for it
 bool csp_map_resize(ggml_backend_buffer_t buf, size_t size, size_t n_used);
 
 bool csp_is_map(ggml_backend_buffer_t buf);

@@ -61,7 +61,9 @@ void llama_csp::keep_evicted(ggml_type type) {
 
     for (const auto & l : layers) {
         for (const auto n_embd : { l.n_embd_head_k, l.n_embd_head_v }) {
-            if (type < 0 || type >= GGML_TYPE_COUNT || n_embd%ggml_blck_size(type) != 0 || (type != GGML_TYPE_F32 && !ggml_get_type_traits(type)->to_float) || ggml_quantize_requires_imatrix(type)) {
+            // types that are no more have blocks of 0, and no to_float
+            if (type < 0 || type >= GGML_TYPE_COUNT || (type != GGML_TYPE_F32 && !ggml_get_type_traits(type)->to_float) ||
+                    n_embd%ggml_blck_size(type) != 0 || ggml_quantize_requires_imatrix(type)) {
                 throw std::invalid_argument(format("evicted cells can't be kept as type %d", type));
             }
         }

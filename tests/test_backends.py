@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,16 +37,24 @@ class Server:
             [*command, "--port", str(self.port)], stdout=subprocess.DEVNULL
         )
 
-    def wait(self):
+    def __enter__(self):
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait(self):
         for _ in range(600):
             with contextlib.suppress(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return self
+                return
             assert self.process.poll() is None
             time.sleep(0.05)
         raise TimeoutError(self.endpoint)
 
-    def close(self):
+    def __exit__(self, *_):
         self.process.kill()
         self.process.wait()
 
@@ -53,18 +62,15 @@ class Server:
 @pytest.fixture(scope="module")
 def servers():
     """Two servers on loopback."""
-    both = [Server(), Server()]
-    yield [server.wait().endpoint for server in both]
-    for server in both:
-        server.close()
+    with Server() as one, Server() as other:
+        yield [one.endpoint, other.endpoint]
 
 
 @pytest.fixture
 def server():
     """A server to be killed."""
-    server = Server().wait()
-    yield server
-    server.close()
+    with Server() as server:
+        yield server
 
 
 def conversation(scenes, model=MODEL, **options):
@@ -170,7 +176,8 @@ def test_a_conversation_saved_here_goes_on_there(servers, scenes, tmp_path):
 def test_a_server_that_is_lost(server, scenes):
     vlm = EdgeVLM.demo(cache=CSP(0.2), n_threads=1, rpc=[server.endpoint])
     vlm.chat(STAR, scenes[:3])
-    server.close()
+    server.process.kill()
+    server.process.wait()
     lost = f"connection to the RPC server {server.endpoint} is lost"
     for call in (
         lambda: vlm.engine.decode(5) or vlm.engine.logits,
@@ -184,13 +191,12 @@ def test_a_server_that_is_lost(server, scenes):
     with pytest.raises(ServerError, match="Connection refused: start `csp-edge rpc-server`"):
         EdgeVLM.demo(rpc=[server.endpoint])
 
-    again = Server(server.port).wait()
-    with pytest.raises(ServerError, match=lost):
-        EdgeVLM.demo(rpc=[server.endpoint])
-    vlm.close()
-    with EdgeVLM.demo(cache=CSP(0.2), n_threads=1, rpc=[server.endpoint]) as other:
-        assert other.chat(STAR, scenes[:3]).text == "blue"
-    again.close()
+    with Server(server.port):
+        with pytest.raises(ServerError, match=lost):
+            EdgeVLM.demo(rpc=[server.endpoint])
+        vlm.close()
+        with EdgeVLM.demo(cache=CSP(0.2), n_threads=1, rpc=[server.endpoint]) as other:
+            assert other.chat(STAR, scenes[:3]).text == "blue"
 
 
 @pytest.mark.parametrize("moment", range(4))
@@ -246,13 +252,29 @@ def test_a_server_that_is_killed_at_any_time(server, scenes):
     vlm.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_machine_that_is_gone_is_noticed(server):
+    """By probes of a connection on which nothing comes: timer 2 of Linux's TCP."""
+    with EdgeVLM.demo(n_threads=1, rpc=[server.endpoint]) as vlm:
+        vlm.chat("Hello", max_tokens=1)
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        ends = [f"0100007F:{server.port:04X}" in row[1:3] for row in rows]
+        timers = [
+            row[5][:2]
+            for row, is_ours in zip(rows, ends, strict=True)
+            if is_ours and row[3] == "01"
+        ]
+        assert timers == ["02", "02"]
+
+
 def test_a_server_at_work_for_another(server, monkeypatch):
-    monkeypatch.setattr("csp_edge.rpc._TIMEOUT_S", 0.2)
     command = [sys.executable, "-c", BUSY, server.endpoint]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"there\n"
-        with pytest.raises(ServerError, match="may be at work for another"):
-            EdgeVLM.demo(rpc=[server.endpoint])
+        with monkeypatch.context() as patch:
+            patch.setattr("csp_edge.rpc._TIMEOUT_S", 0.2)
+            with pytest.raises(ServerError, match="may be at work for another"):
+                EdgeVLM.demo(rpc=[server.endpoint])
         other.communicate()
     with (
         EdgeVLM.demo(rpc=[server.endpoint]) as first,
@@ -288,7 +310,18 @@ def test_something_else_that_listens(answer):
 
 
 @pytest.mark.parametrize(
-    "rpc", ["127.0.0.1:1", ["127.0.0.1"], [":1"], ["127.0.0.1:0"], ["127.0.0.1:x"], ["a\0b:1"], [1]]
+    "rpc",
+    [
+        "127.0.0.1:1",
+        ["127.0.0.1"],
+        [":1"],
+        ["127.0.0.1:0"],
+        ["127.0.0.1:x"],
+        ["127.0.0.1:" + "1" * 5000],
+        ["a\0b:1"],
+        [1],
+        1,
+    ],
 )
 def test_what_is_no_endpoint(rpc):
     with pytest.raises(OptionError, match=r"give (a list like|HOST:PORT)|no host"):

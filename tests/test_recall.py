@@ -182,6 +182,10 @@ def test_what_cannot_be_kept(demo_paths, tmp_path):
     with pytest.raises(OptionError, match="recall"):
         EdgeVLM.demo(recall=["f16"])
     engine, forgetful = engine_on(demo_paths, recall="f16"), engine_on(demo_paths)
+    # of ggml's types: one that is no more, one that needs a matrix of weights, and none at all
+    for kv_type in (4, 16, 99, -1):
+        with pytest.raises(OptionError, match=f"can't be kept as type {kv_type}"):
+            forgetful._hook.keep_evicted(kv_type)
     prefill(forgetful)
     forgetful.prune(CSP(40))
     with pytest.raises(CspEdgeError, match="another kind of context"):
