@@ -216,7 +216,8 @@ def read(n_tokens: int, **options: Any) -> Engine:
     """An engine that has read so many tokens of text, and observes."""
     engine = Engine(Path(smollm2()), n_ctx=16384, n_threads=1, prune=True, **options)
     items = engine.tokenizer.tokenize([default_text()[: 6 * n_tokens]]).items[:n_tokens]
-    engine.prefill(Prompt(items), window=8)
+    amounts = CSP(BUDGET).resolve(n_tokens, has_pictures=False)
+    engine.prefill(Prompt(items), window=amounts.window)
     return engine
 
 
@@ -233,8 +234,8 @@ def costs(n_tokens: int, rounds: int) -> None:
         found.setdefault(what, []).append((time.perf_counter() - t0, n_moved))
 
     policy = CSP(BUDGET)
-    n_kept = policy.resolve(n_tokens).budget
-    amounts = policy.resolve(n_tokens)
+    amounts = policy.resolve(n_tokens, has_pictures=False)
+    n_kept = amounts.budget
     for _ in range(rounds):
         engine.restore(snapshot)
         engine._resize(n_tokens)
@@ -248,10 +249,10 @@ def costs(n_tokens: int, rounds: int) -> None:
     engine.close()
     engine = read(n_tokens, recall="f16")
     engine.prune(policy)
-    items = [item for item in engine.items[:8] if isinstance(item, int)]
+    items = [item for item in engine.items[: amounts.window] if isinstance(item, int)]
     for _ in range(rounds):
-        engine.observe(8)
-        engine._hook.probe(items, range(engine.n_past, engine.n_past + 8))
+        engine.observe(len(items))
+        engine._hook.probe(items, range(engine.n_past, engine.n_past + len(items)))
         timed(f"recall {BUDGET:.0%}", lambda: engine._hook.recall(policy, amounts), n_moved)
 
     print(f"\nSmolLM2-135M, {n_tokens} tokens, f16 cache, one thread, medians of {rounds}")

@@ -51,7 +51,8 @@ def measure(model: str, mmproj: str | None, n_tokens: int, n_threads: int) -> di
             n_characters = n_words * 4096 // prompt.n_tokens
         with vlm.tokenize(normalize_messages(words[:n_characters], pictures)) as prompt:
             _reset_peak()
-            engine.prefill(prompt, window=vlm.cache.resolve(prompt.n_tokens).window, room=N_DECODE)
+            amounts = vlm.cache.resolve(prompt.n_tokens, has_pictures=prompt.has_pictures)
+            engine.prefill(prompt, window=amounts.window, room=N_DECODE)
             peaks["prefill"] = _peak()
             peaks["n_cells"] = prompt.n_tokens + N_DECODE
         _reset_peak()

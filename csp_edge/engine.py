@@ -588,7 +588,7 @@ class Engine:
         if not self._is_probed:
             n_kept = self._probe(prompt, n_kept, window)
         if self._n_evicted:
-            budget, _, recent = policy.resolve(prompt.n_tokens)
+            budget, _, recent = policy.resolve(prompt.n_tokens, has_pictures=prompt.has_pictures)
             budget = min(budget, self._n_cells_pruned)
             n_cells = budget + prompt.n_tokens - self.n_tokens
             self._resize(max(self._hook.n_cells, n_cells))
@@ -605,7 +605,7 @@ class Engine:
         if (self._n_unrecalled + 1) * _N_TOKENS_RECALL <= self.n_tokens:
             return
         assert self._hook
-        recent = min(self._policy.resolve(self.n_tokens).recent, self.n_cells)
+        recent = min(self._resolve(self._policy).recent, self.n_cells)
         amounts = Resolved(self.n_cells, self._window, recent)
         self._set_pruned(self._hook.recall(self._policy, amounts))
         self._n_unrecalled = 0
@@ -783,7 +783,7 @@ class Engine:
         """
         assert self._hook, "this model's cache can't be pruned"
         try:
-            budget, window, recent = policy.resolve(self.n_tokens)
+            budget, window, recent = self._resolve(policy)
             budget = min(budget, self._n_cells_pruned)
             amounts = Resolved(budget, window, min(recent, budget))
             is_recall = self._recall_type and self._n_evicted
@@ -805,7 +805,7 @@ class Engine:
         if not policy:
             raise PolicyError(f"max_cells={self.max_cells} are full: prefill with a policy")
         try:
-            _, window, recent = policy.resolve(self.n_tokens)
+            _, window, recent = self._resolve(policy)
             # where a prompt goes on, its last cells so far are like any other
             recent = 0 if self._is_probed else min(recent, n_cells)
             assert self._hook
@@ -819,6 +819,10 @@ class Engine:
         except BaseException:
             self.clear()
             raise
+
+    def _resolve(self, policy: Policy) -> Resolved:
+        has_pictures = any(isinstance(item, Patches) for item in self.items)
+        return policy.resolve(self.n_tokens, has_pictures=has_pictures)
 
     @property
     def _n_cells_pruned(self) -> int:

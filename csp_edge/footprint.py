@@ -42,8 +42,8 @@ class Footprint:
     staging: one tensor on its way, while loading.
     projector: its weights. vision: its graph for one picture.
     picture: the pixels of one, and the embeddings of those encoded last.
-    cache: K and V. first_cache: the same when they are still empty. moving: one layer of them,
-        which is there twice while the cache grows.
+    cache: K and V. first_cache: the same when they are still empty. moving: K or V of one
+        layer, which is there twice while the cache grows.
     compute: the largest graph of the language model, and what its batches take.
     queries: those that are observed, to prune by. scoring: what pruning takes beyond `compute`.
     sampling: logits and candidates.
@@ -215,7 +215,7 @@ class Layout:
             picture=pictures + embeddings,
             cache=memory.cache,
             first_cache=memory.cache * min(n_ubatch, n_cells) // n_cells,
-            moving=memory.cache // info.n_layer,
+            moving=memory.cache // (2 * info.n_layer),
             compute=memory.compute + memory.work + n_ubatch * info.n_embd * _F32,
             queries=self._queries(n_cells),
             scoring=self._scoring(n_cells, memory.compute),
@@ -246,7 +246,11 @@ class Layout:
         return memory
 
     def _window(self, n_cells: int) -> int:
-        return self._policy.resolve(n_cells).window if isinstance(self._policy, Policy) else 0
+        if not isinstance(self._policy, Policy):
+            return 0
+        # without pictures it may be wider, which what they would take has room for
+        has_pictures = self.projector is not None and self._n_images != 0
+        return self._policy.resolve(n_cells, has_pictures=has_pictures).window
 
     def _queries(self, n_cells: int) -> int:
         info = self.info
@@ -263,7 +267,7 @@ class Layout:
         keys = n_cells * info.n_head_kv * info.head_dim_k * _F32
         mask = n_cells * n_queries * _F32
         graph = keys + 2 * attention + mask
-        scores = _N_MODALITY * n_cells * (info.n_head + info.n_head_kv) * _F32
+        scores = _N_MODALITY * n_cells * 2 * info.n_head_kv * _F32
         copies = 2 * attention if policy.sink == "mass" else 0
         copies = max(copies, scores + 2 * keys * bool(policy.needs_keys))
         return max(0, graph - compute) + mask + copies

@@ -77,7 +77,7 @@ class Plan:
             "a picture's graph": found.vision,
             "pictures": found.picture,
             "cache, K and V": found.cache,
-            "a layer while it grows": found.moving,
+            "half a layer while it grows": found.moving,
             "the model's graph": found.compute,
             "observed queries": found.queries,
             "scoring": found.scoring,

@@ -66,6 +66,7 @@ class Prompt:
         self.items = items
         self.n_tokens = sum(1 if isinstance(item, int) else item.n_tokens for item in items)
         self.n_pos = sum(1 if isinstance(item, int) else item.n_pos for item in items)
+        self.has_pictures = any(isinstance(item, Patches) for item in items)
         places = (i for i, item in enumerate(items) if isinstance(item, Patches))
         self._tiles = dict(zip(places, tiles, strict=True))
         self._tokenizer = tokenizer

@@ -579,7 +579,9 @@ class EdgeVLM:
             policy = self.cache if isinstance(self.cache, Policy) else None
             budget = window = 0
             if policy:
-                budget, window, _ = policy.resolve(prompt.n_tokens)
+                budget, window, _ = policy.resolve(
+                    prompt.n_tokens, has_pictures=prompt.has_pictures
+                )
                 if budget >= prompt.n_tokens and not self.engine.max_cells:
                     policy, window = None, 0
             prefill = self.engine.prefill(prompt, room=room, window=window, policy=policy)

@@ -78,7 +78,9 @@ def along(engine, window, policy):
     with engine.tokenizer.tokenize(["a"]) as prompt:
         prompt.items[:] = window.prompt
         prompt.n_tokens = prompt.n_pos = len(window.prompt)
-        engine.prefill(prompt, room=9, window=policy.resolve(60).window if policy else 0)
+        engine.prefill(
+            prompt, room=9, window=policy.resolve(60, has_pictures=False).window if policy else 0
+        )
     if policy:
         engine.prune(policy)
     assert engine.cut(59)

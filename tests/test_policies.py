@@ -33,6 +33,12 @@ def test_resolve(csp: CSP, n_tokens: int, expected: tuple[int, int, int]) -> Non
     assert csp.resolve(n_tokens) == Resolved(*expected)
 
 
+@pytest.mark.parametrize(("n_tokens", "window"), [(100, 32), (20, 20)])
+def test_resolve_without_pictures(n_tokens: int, window: int) -> None:
+    assert CSP(10).resolve(n_tokens, has_pictures=False) == Resolved(10, window, 5)
+    assert CSP(10, window=3).resolve(n_tokens, has_pictures=False) == Resolved(10, 3, 5)
+
+
 def test_resolve_refuses_what_the_prompt_is_too_short_for() -> None:
     with pytest.raises(PolicyError, match=r"window=64 is larger than the prompt \(12 tokens\)"):
         CSP(window=64).resolve(12)

@@ -89,7 +89,8 @@ class Ours:
     def _prefill(self, prompt: Prompt, room: int) -> None:
         window = 0
         if isinstance(self.cache, CSP):
-            window = self.cache.resolve(prompt.n_tokens).window
+            amounts = self.cache.resolve(prompt.n_tokens, has_pictures=prompt.has_pictures)
+            window = amounts.window
         self.engine.prefill(prompt, room=room, window=window)
         _ = self.engine.logits
 

@@ -33,7 +33,7 @@ def measure(case: Case, n_tokens: int, budget: Budget | None) -> Memory | None:
     """Of a prompt of that many tokens, over one cache. None: this system doesn't tell.
 
     Raises:
-        MemoryLimitError: there was not enough.
+        MemoryLimitError: the system killed it, as where there is not enough.
         KeyboardInterrupt: Ctrl-C.
         CspEdgeError: whatever else the process ended with.
     """
@@ -63,7 +63,9 @@ def measure(case: Case, n_tokens: int, budget: Budget | None) -> Memory | None:
 def _measure(case: Case, n_tokens: int, budget: Budget | None) -> Memory:
     pruning = None if budget is None else policy(budget, n_tokens)
     with closing(case.engine()) as engine, case.prompt(engine, n_tokens) as prompt:
-        window = pruning.resolve(n_tokens).window if pruning else 0
+        window = 0
+        if pruning:
+            window = pruning.resolve(n_tokens, has_pictures=prompt.has_pictures).window
         engine.prefill(prompt, room=N_ANSWER, window=window)
         share = 1.0
         if pruning:

@@ -99,7 +99,7 @@ def measure(
     # it warms up on these
     evens = {cache.budget: _even(engine, cache.n_cells) for cache in caches}
     answer = list(islice(cycle(i for i in prompt.items if isinstance(i, int)), N_ANSWER))
-    window = CSP().resolve(n_tokens).window
+    window = CSP().resolve(n_tokens, has_pictures=prompt.has_pictures).window
 
     for i in range(n_rounds):
         snapshot = _read(engine, prompt, window, found)

@@ -34,7 +34,9 @@ def prefill(
     for policy in policies:
         # what can't run on this prompt is found out when its turn comes
         with suppress(PolicyError):
-            window = max(window, policy.resolve(prompt.n_tokens).window if policy else 0)
+            if policy:
+                amounts = policy.resolve(prompt.n_tokens, has_pictures=prompt.has_pictures)
+                window = max(window, amounts.window)
     engine.clear()
     engine.prefill(prompt, room=room, window=window)
     return engine.snapshot()

@@ -113,8 +113,8 @@ class Policy:
         """The function in the library that chooses instead of `select`, and its settings."""
         return None
 
-    def resolve(self, n_tokens: int) -> Resolved:
-        """The policy in cells, for a prompt of `n_tokens` (at least 1).
+    def resolve(self, n_tokens: int, *, has_pictures: bool = True) -> Resolved:
+        """The policy in cells, for a prompt of `n_tokens` (at least 1), those of pictures included.
 
         The budget may exceed the prompt: then nothing is evicted.
 
@@ -128,7 +128,7 @@ class Policy:
             budget = max(1, _cells(self.budget, n_tokens))
 
         if self.window is None:
-            window = self._default_window(n_tokens)
+            window = self._default_window(n_tokens, has_pictures)
         else:
             window = max(1, _cells(self.window, n_tokens))
         if window > n_tokens:
@@ -150,7 +150,7 @@ class Policy:
             )
         return Resolved(budget, window, recent)
 
-    def _default_window(self, n_tokens: int) -> int:
+    def _default_window(self, n_tokens: int, has_pictures: bool) -> int:
         return min(16, n_tokens)
 
     def _default_recent(self, budget: int) -> int:

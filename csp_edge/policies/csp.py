@@ -26,7 +26,8 @@ class CSP(Policy):
             prompt, but at least 128 cells: of a shorter prompt there is nothing to gain, and an
             answer to lose.
         window: the prompt's last tokens, whose queries score the cells (section 3.2).
-            None: 8, or the whole prompt where it is shorter.
+            None: 8 where there are pictures, 32 where there are not, or the whole prompt where it
+            is shorter.
         recent: the prompt's last cells, always kept. None: 16, but at most half of the budget.
         cross_ratio: share of the scored cells drawn by attention between modalities, the rest
             being drawn by attention within one, in [0, 1]. None: measured, per layer and head.
@@ -72,5 +73,5 @@ class CSP(Policy):
         distance = -1.0 if self.distance is None else self.distance
         return "llama_csp_policy_csp", _Settings(cross_ratio, distance)
 
-    def _default_window(self, n_tokens: int) -> int:
-        return min(8, n_tokens)
+    def _default_window(self, n_tokens: int, has_pictures: bool) -> int:
+        return min(8 if has_pictures else 32, n_tokens)

@@ -24,7 +24,7 @@ class H2O(Policy):
         PolicyError: a setting is of the wrong type or out of range.
     """
 
-    def _default_window(self, n_tokens: int) -> int:
+    def _default_window(self, n_tokens: int, has_pictures: bool) -> int:
         return n_tokens
 
     def _default_recent(self, budget: int) -> int:

@@ -34,7 +34,7 @@ class Random(Policy):
         if not (is_int(self.seed) and 0 <= self.seed < 2**64):
             raise PolicyError(f"seed={self.seed!r}: give an int from 0 to 2^64 - 1")
 
-    def _default_window(self, n_tokens: int) -> int:
+    def _default_window(self, n_tokens: int, has_pictures: bool) -> int:
         return 1
 
     def native_call(self) -> tuple[str, ctypes.Structure | None]:

@@ -36,7 +36,7 @@ class Streaming(Policy):
         if not (is_int(self.sinks) and 0 <= self.sinks < 2**32):
             raise PolicyError(f"sinks={self.sinks!r}: give an int of at least 0")
 
-    def _default_window(self, n_tokens: int) -> int:
+    def _default_window(self, n_tokens: int, has_pictures: bool) -> int:
         return 1
 
     def _default_recent(self, budget: int) -> int:
