@@ -368,7 +368,8 @@ def _open(name: str, file: Path | bytes, max_pixels: int) -> Image.Image:
 def _decoders(formats: Iterable[str]) -> list[str]:
     """Those of the formats that Pillow was built for, ready."""
     for form in formats:
-        importlib.import_module(f"PIL.{FORMATS[form]}ImagePlugin")
+        with contextlib.suppress(ImportError):  # an older Pillow
+            importlib.import_module(f"PIL.{FORMATS[form]}ImagePlugin")
     return [form for form in formats if form in Image.OPEN]
 
 

@@ -47,7 +47,7 @@ def test_ratios_are_of_medians() -> None:
     assert row.split(" | ")[4] == "0.50"
 
 
-@pytest.mark.parametrize("kind", ["memory", "same", "screened", "turn"])
+@pytest.mark.parametrize("kind", ["memory", "agree", "same", "screened", "turn"])
 def test_page_refuses_a_log_that_is_not_whole(kind: str) -> None:
     header, entries = read_log(LOG)
     with pytest.raises(OptionError, match="not whole"):

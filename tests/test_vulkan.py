@@ -46,6 +46,8 @@ def build():
 
 
 def load(plugin):
+    if native.llama._lib.ggml_backend_reg_by_name(b"Vulkan"):
+        return  # built in
     assert native.llama._lib.ggml_backend_load(os.fsencode(plugin)), f"{plugin} does not load"
 
 

@@ -18,7 +18,7 @@ INTRO = """\
 csp-edge beside what else there is, on the same machine, with the same weights, prompts and budgets.
 
 ```sh
-bench/peers.sh logs
+bench/peers.sh logs --threads {threads}
 ```
 
 measures it all again and writes this page from its log. Every line is a process of its own, and all
@@ -70,7 +70,7 @@ def page(header: Entry, entries: list[Entry]) -> str:
     if header["log"] != "peers":
         raise OptionError(f"a log of {header['log']}: give one of bench/peers.sh")
     try:
-        parts = [INTRO, _machine(header)]
+        parts = [INTRO.format(threads=header["threads"]), _machine(header)]
         for case, about in header["cases"].items():
             parts += _case(case, about, [e for e in entries if e["case"] == case])
     except (KeyError, StopIteration, IndexError, ValueError) as error:
@@ -90,7 +90,8 @@ def _machine(header: Entry) -> str:
 def _case(case: str, about: Entry, entries: list[Entry]) -> list[str]:
     lines = _lines(entries, about["n_prompt"])
     base = lines[BASE]
-    assert base.agree
+    if not base.agree:
+        raise ValueError(f"no agreement of {BASE}")
     same = next(e["same"] for e in entries if "same" in e)
     told = ABOUT[case].format(**about, n_steps=base.agree["n_steps"])
     told += (

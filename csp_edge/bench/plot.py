@@ -13,14 +13,14 @@ from csp_edge.eval.plot import COLORS, MARKERS, check_plot, save
 
 _MIB = 2**20
 
-Figure: TypeAlias = Callable[[Length, Cache, Memory | None], Spread | None]
+Value: TypeAlias = Callable[[Length, Cache, Memory | None], Spread | None]
 
 
 def _memory(length: Length, cache: Cache, memory: Memory | None) -> Spread | None:
     return spread([memory.answer / _MIB]) if memory else None
 
 
-_PANELS: dict[str, Figure] = {
+_PANELS: dict[str, Value] = {
     "decode, tokens/s": lambda length, cache, memory: spread(cache.speed),
     "first token, s": lambda length, cache, memory: spread(length.first_token_s(cache)),
     "memory while answering, MiB": _memory,
