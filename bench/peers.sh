@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure csp-edge beside its peers and write docs/benchmarks.md, from the tree's root, with logs in the
-# folder given. A quarter of an hour on two cores, and a few minutes more the first time, when the
+# folder given. Some 20 minutes on two cores, and several more the first time, when the
 # peers are installed, into build/peers: see bench/peers/README.md.
 #
 #     bench/peers.sh FOLDER [--rounds 3] [--threads 2]

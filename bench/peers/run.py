@@ -54,7 +54,8 @@ class Worker:
     def answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{self.side.name} {self.side.cache} ended: see {self.said}")
+            status = self.process.wait()
+            sys.exit(f"{self.side.name} {self.side.cache} ended with {status}: see {self.said}")
         return json.loads(line)
 
     def __enter__(self) -> "Worker":
