@@ -4,6 +4,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 // queries per graph: bounds the memory of the attention matrix
@@ -21,6 +22,8 @@ struct csp_attn_graph : csp_graph {
     csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l, const llama_csp::cell_list & cells, std::vector<int32_t> rows, float n_score);
 
     void set_inputs();
+
+    void build_sums();
 
     const llama_csp & csp;
     const llama_csp::layer & l;
@@ -40,6 +43,10 @@ struct csp_attn_graph : csp_graph {
     ggml_tensor * k;      // F32 [n_embd_k_gqa, n_cells]
     ggml_tensor * logits; // F32 [n_cells, n_q, n_head] scaled, not masked
     ggml_tensor * attn;   // F32 [n_cells, n_q, n_head]
+
+    // by the queries' modality
+    ggml_tensor * is_of[N_MODALITY] = {}; // F32 [1, n_q] 1 or 0, NULL where all are or none is
+    ggml_tensor * sums [N_MODALITY] = {}; // F32 [n_cells, 1, n_head_kv] attention to a KV head, NULL where none is
 };
 
 ggml_tensor * csp_build_logits(csp_graph & graph, const llama_csp::layer & l, ggml_tensor * q, ggml_tensor * k) {
@@ -114,9 +121,67 @@ void csp_attn_graph::set_inputs() {
 
     ggml_backend_tensor_set(mask, data.data(), 0, ggml_nbytes(mask));
 
+    for (uint32_t m = 0; m < N_MODALITY; ++m) {
+        if (is_of[m]) {
+            std::vector<float> is;
+
+            for (const auto row : rows_data) {
+                is.push_back(csp.window[row].modality == int8_t(m) ? 1.0f : 0.0f);
+            }
+
+            ggml_backend_tensor_set(is_of[m], is.data(), 0, ggml_nbytes(is_of[m]));
+        }
+    }
+
     const std::vector<float> ln_n(l.n_head, n_score > 0.0f ? logf(n_score) : CSP_SINK_EMPTY);
 
     ggml_backend_tensor_set(sink, ln_n.data(), 0, ggml_nbytes(sink));
+}
+
+// [n, n_rows, ne2] -> [n, 1, ne2], by halves: what sums all rows at once wants them transposed, which takes longer
+static ggml_tensor * csp_build_sum(ggml_context * ctx0, ggml_tensor * cur) {
+    const auto rows = [&](int64_t i, int64_t n) {
+        return ggml_view_3d(ctx0, cur, cur->ne[0], n, cur->ne[2], cur->nb[1], cur->nb[2], i*cur->nb[1]);
+    };
+
+    ggml_tensor * odd = nullptr;
+
+    while (cur->ne[1] > 1) {
+        const int64_t n = cur->ne[1]/2;
+
+        if (cur->ne[1]%2 == 1) {
+            odd = odd ? ggml_add(ctx0, odd, rows(2*n, 1)) : rows(2*n, 1);
+        }
+
+        cur = ggml_add(ctx0, rows(0, n), rows(n, n));
+    }
+
+    return odd ? ggml_add(ctx0, cur, odd) : cur;
+}
+
+void csp_attn_graph::build_sums() {
+    const int64_t n_rows = n_q*l.n_head/l.n_head_kv; // of the attention to a KV head
+
+    for (uint32_t m = 0; m < N_MODALITY; ++m) {
+        const auto n = std::count_if(rows_data.begin(), rows_data.end(), [&](int32_t row) { return csp.window[row].modality == int8_t(m); });
+
+        if (n == 0) {
+            continue;
+        }
+
+        ggml_tensor * cur = attn;
+
+        if (n < n_q) {
+            is_of[m] = new_input(GGML_TYPE_F32, 1, n_q);
+
+            cur = ggml_mul(ctx0, cur, is_of[m]);
+        }
+
+        sums[m] = ggml_cont(ctx0, csp_build_sum(ctx0, ggml_reshape_3d(ctx0, cur, cur->ne[0], n_rows, l.n_head_kv)));
+
+        ggml_set_output(sums[m]);
+        ggml_build_forward_expand(gf, sums[m]);
+    }
 }
 
 static std::vector<float> csp_get(const ggml_tensor * t) {
@@ -134,28 +199,18 @@ static std::vector<int32_t> csp_block(const std::vector<int32_t> & rows, size_t 
 
 void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int32_t> & rows, const llama_csp_params & params, std::vector<head_cells> & heads) {
     const uint32_t n_cells = cells.size();
-    const uint32_t n_group = l.n_head/l.n_head_kv;
     const uint32_t n_block = csp_n_block(l, n_cells);
 
-    // attention from queries of modality m: [n_head_kv][n_cells][m]
-    std::vector<float> sums(size_t(N_MODALITY)*n_cells*l.n_head_kv, 0.0f);
+    // attention from queries of each modality: [n_head_kv][n_cells]
+    std::array<std::vector<float>, N_MODALITY> sums;
+    sums.fill(std::vector<float>(size_t(n_cells)*l.n_head_kv, 0.0f));
 
     std::vector<float> keys; // [n_cells][n_head_kv][n_embd_head_k]
 
     for (size_t i_block = 0; i_block < rows.size(); i_block += n_block) {
         csp_attn_graph graph(*this, l, cells, csp_block(rows, i_block, n_block), params.n_score);
 
-        const int64_t n_rows = int64_t(graph.n_q)*n_group; // of the attention to a KV head
-
-        ggml_tensor * from = graph.new_input(GGML_TYPE_F32, n_rows, N_MODALITY);
-
-        ggml_tensor * cur = ggml_reshape_3d(graph.ctx0, graph.attn, n_cells, n_rows, l.n_head_kv);
-
-        cur = ggml_cont(graph.ctx0, ggml_permute(graph.ctx0, cur, 1, 0, 2, 3));
-        cur = ggml_mul_mat(graph.ctx0, from, cur); // [N_MODALITY, n_cells, n_head_kv]
-        ggml_prec_set_acc(cur, GGML_PREC_F32);
-
-        ggml_set_output(cur);
+        graph.build_sums();
 
         const bool want_keys = i_block == 0 && (params.inspect || needs_keys(heads, params));
 
@@ -166,23 +221,20 @@ void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int3
             ggml_set_output(graph.k);
         }
 
-        ggml_build_forward_expand(graph.gf, cur);
-
         graph.alloc();
         graph.set_inputs();
-
-        std::vector<float> from_data(N_MODALITY*n_rows, 0.0f);
-        for (int64_t i = 0; i < n_rows; ++i) {
-            from_data[window[graph.rows_data[i%graph.n_q]].modality*n_rows + i] = 1.0f;
-        }
-        ggml_backend_tensor_set(from, from_data.data(), 0, ggml_nbytes(from));
-
         graph.compute();
 
-        const auto data = csp_get(cur);
+        for (uint32_t m = 0; m < N_MODALITY; ++m) {
+            if (!graph.sums[m]) {
+                continue;
+            }
 
-        for (size_t i = 0; i < sums.size(); ++i) {
-            sums[i] += data[i];
+            const auto data = csp_get(graph.sums[m]);
+
+            for (size_t i = 0; i < data.size(); ++i) {
+                sums[m][i] += data[i];
+            }
         }
 
         if (params.inspect) {
@@ -199,10 +251,10 @@ void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int3
         auto & head = heads[h];
 
         for (uint32_t i = 0; i < head.size(); ++i) {
-            const float * sum = sums.data() + (size_t(h)*n_cells + head.cells[i])*N_MODALITY;
+            const size_t j = size_t(h)*n_cells + head.cells[i];
 
-            head.self .push_back(sum[    head.modality[i]]);
-            head.cross.push_back(sum[1 - head.modality[i]]);
+            head.self .push_back(sums[    head.modality[i]][j]);
+            head.cross.push_back(sums[1 - head.modality[i]][j]);
 
             if (!keys.empty()) {
                 const auto key = keys.begin() + (size_t(head.cells[i])*l.n_head_kv + h)*l.n_embd_head_k;

@@ -23,6 +23,8 @@ NEEDED = {
     "tanh": ("TANH", [r"type=f32,.*v=0"]),
     "softplus": ("SOFTPLUS", [r"type=f32,.*v=0"]),
     "sub": ("SUB", [r"type=f32,.*nr=\[1,1,1,1\]"]),
+    # by the queries' modality, for all cells and heads
+    "mul": ("MUL", [r"type=f32,ne=\[1,1,1,1\],nr=\[32,1,1,1\]", r"type=f32,.*nr=\[2,2,2,2\]"]),
     # the mask of the padding, for all tokens and query heads of a KV head
     "add": ("ADD", [r"type=f32,.*nr=\[1,1,1,1\]", r"type=f32,.*nr=\[1,2,1,1\]"]),
     "repeat_4d": ("REPEAT", [r"type=f32,.*nr=\[1,1,1,2\]"]),
