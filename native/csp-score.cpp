@@ -59,8 +59,11 @@ ggml_tensor * csp_build_logits(csp_graph & graph, const llama_csp::layer & l, gg
     q = ggml_permute(ctx0, ggml_reshape_3d(ctx0, q, l.n_embd_head_k, l.n_head,    n_q),      0, 2, 1, 3);
     k = ggml_permute(ctx0, ggml_reshape_3d(ctx0, k, l.n_embd_head_k, l.n_head_kv, k->ne[1]), 0, 2, 1, 3);
 
-    // all queries of a KV head in one product
-    q = ggml_reshape_3d(ctx0, ggml_cont(ctx0, q), l.n_embd_head_k, n_q*l.n_head/l.n_head_kv, l.n_head_kv);
+    // all queries of a KV head in one product, and scaled before it: there is less of them
+    const float cap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 1.0f;
+
+    q = ggml_scale(ctx0, ggml_cont(ctx0, q), l.kq_scale/cap);
+    q = ggml_reshape_3d(ctx0, q, l.n_embd_head_k, n_q*l.n_head/l.n_head_kv, l.n_head_kv);
 
     ggml_tensor * res = ggml_mul_mat(ctx0, k, q);
     ggml_prec_set_acc(res, GGML_PREC_F32);
@@ -68,13 +71,7 @@ ggml_tensor * csp_build_logits(csp_graph & graph, const llama_csp::layer & l, gg
     res = ggml_reshape_3d(ctx0, res, k->ne[1], n_q, l.n_head);
 
     // as in ggml_flash_attn_ext
-    if (hparams.attn_soft_cap) {
-        const float cap = hparams.f_attn_logit_softcapping;
-
-        return ggml_scale(ctx0, ggml_tanh(ctx0, ggml_scale(ctx0, res, l.kq_scale/cap)), cap);
-    }
-
-    return ggml_scale(ctx0, res, l.kq_scale);
+    return hparams.attn_soft_cap ? ggml_scale(ctx0, ggml_tanh(ctx0, res), cap) : res;
 }
 
 csp_attn_graph::csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l, const llama_csp::cell_list & cells, std::vector<int32_t> rows_data, float n_score) :
