@@ -28,7 +28,7 @@ _SCORE_QUERIES = 64
 # of the engine's pictures that are kept encoded
 _EMBEDDING_CACHE_BYTES = 64 * 2**20
 # what only shows at work: stacks and buffers of threads, the allocator's gaps, a template's code
-_AT_WORK = 4 * 2**20
+_AT_WORK = 5 * 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,10 +49,10 @@ N_IMAGES_LEAST = {"compare": 2, "follow": 3}
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, its answer, and for each part of the answer (between commas) the cells that show
-    it: (image, cell), both from 0. None for a sign, which stands across cells.
+    """A question, its answer, and for each part of the answer (each thing, number or place in it)
+    the cells that show it: (image, cell), both from 0. None for a sign, which stands across cells.
 
-    `via`: the cell from which the question points to another one.
+    `via`: the cell that has to be found first, as it points to those.
     """
 
     skill: str
@@ -75,7 +75,7 @@ def album(rng: Rng, n_images: int, *, held_out: bool) -> list[Scene]:
         left = n_images - len(scenes)
         kind = rng.random()
         if kind < 0.25 and left >= 2:
-            scenes += _pair(rng, held_out)
+            scenes += pair(rng, held_out=held_out)
         elif kind < 0.4 and left >= 3:
             scenes += _run(rng, int(rng.integers(3, min(left, 4) + 1)), held_out)
         else:
@@ -99,7 +99,8 @@ def _single(rng: Rng, held_out: bool) -> Scene:
     return Scene(dict(sorted(zip(places.tolist(), things, strict=False))), sign)
 
 
-def _pair(rng: Rng, held_out: bool) -> list[Scene]:
+def pair(rng: Rng, *, held_out: bool) -> list[Scene]:
+    """Two pictures that differ in one thing: it appeared, vanished, became another, or moved."""
     new, old, *rest = _things(rng, int(rng.integers(3, 6)), held_out)
     place, free, *places = rng.permutation(9).tolist()
     before = dict(zip(places, rest, strict=False))
@@ -226,22 +227,23 @@ def _compare(rng: Rng, scenes: Sequence[Scene], k: int) -> Question | None:
         return None
     before, after = scenes[k].things, scenes[k + 1].things
     cells = [c for c in range(9) if before.get(c) != after.get(c)]
+    old, new = (tuple((i, c) for c in cells if c in scenes[i].things) for i in (k, k + 1))
+    where: tuple[tuple[tuple[int, int], ...], ...]
     match [(before.get(c), after.get(c)) for c in cells]:
-        case [(Thing() as old, None)]:
-            answer = f"{old} vanished"
-        case [(None, Thing() as new)]:
-            answer = f"{new} appeared"
-        case [(Thing() as old, Thing() as new)]:
-            answer = f"{old} became {new}"
-        case [(Thing() as old, None), (None, Thing() as new)] if old == new:
-            answer = f"{old} moved"
-        case [(None, Thing() as new), (Thing() as old, None)] if old == new:
-            answer = f"{old} moved"
+        case [(Thing() as thing, None)]:
+            answer, where = f"{thing} vanished", (old,)
+        case [(None, Thing() as thing)]:
+            answer, where = f"{thing} appeared", (new,)
+        case [(Thing() as thing, Thing() as other)]:
+            answer, where = f"{thing} became {other}", (old, new)
+        case [(Thing() as thing, None), (None, Thing() as other)] if thing == other:
+            answer, where = f"{thing} moved", (old + new,)
+        case [(None, Thing() as other), (Thing() as thing, None)] if thing == other:
+            answer, where = f"{thing} moved", (old + new,)
         case _:
             return None
     text = f"What changed from image {k + 1} to image {k + 2}?"
-    where = tuple((image, cell) for image in (k, k + 1) for cell in cells)
-    return Question("compare", text, answer, (where,))
+    return Question("compare", text, answer, where, via=(k + 1, cells[0]))
 
 
 def _follow(rng: Rng, scenes: Sequence[Scene], k: int) -> Question | None:

@@ -21,7 +21,7 @@ from csp_edge.eval.scenes import (
     Thing,
     draw,
 )
-from csp_edge.eval.suite import SKILLS, STEPS, Question, album, ask
+from csp_edge.eval.suite import SKILLS, STEPS, Question, album, ask, pair
 
 KINDS = [*EMOJI, *SHAPES]
 CHARS = [*"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
@@ -42,6 +42,8 @@ _KIND_WORDS = np.array(
     [-100, *(tokens.IDS[tokens.SPACE + kind] for kind in KINDS), *(-100 for _ in CHARS)]
 )
 _COLOR_WORDS = np.array([-100, *(tokens.IDS[tokens.SPACE + color] for color in COLORS)])
+
+_BETWEEN_PARTS = (tokens.IDS[","], tokens.IDS[tokens.SPACE + "became"])
 
 _CENTERS = (np.arange(N_GRID) + 0.5) * N_PIXELS_PATCH
 _CELL = (_CENTERS // N_PIXELS_CELL).astype(int)
@@ -130,7 +132,7 @@ class Batch:
     where: list[Shown]  # [n] tokens, and those that show what follows them
     via: list[Shown]  # [n] tokens, and those that must be found before
     image: Tensor  # [n_pictures] which of its conversation
-    before: Tensor  # [n_pictures, N_PATCHES] class in the picture before, -100 for the first
+    before: Tensor  # [n_pictures, 2, N_PATCHES] class and color in the picture before, or -100
     dense: Tensor  # [n_pictures, len(DENSE), N_PATCHES]
     kind: Tensor  # [n_pictures, N_PATCHES] token of the word for what is there, -100: nothing
     color: Tensor  # [n_pictures, N_PATCHES] token of its color, -100: none
@@ -168,7 +170,7 @@ class Conversation:
         for i, token in enumerate(answer):
             if question.skill == "read":
                 part = self._sign(question, i)
-            elif token == tokens.IDS[","]:
+            elif token in _BETWEEN_PARTS:
                 part = None
             elif part is None:
                 part = [t for image, cell in next(parts) for t in self._cell(image, cell)]
@@ -193,10 +195,12 @@ def conversation(rng: Rng, scenes: list[Scene], n_tokens: int, weights: np.ndarr
     """Of n_tokens."""
     talk = Conversation(scenes)
     names = list(SKILLS)
+    had: set[Question] = set()
     while len(talk.ids) < n_tokens:
         i = int(rng.choice(len(names), p=weights))
         question = ask(rng, scenes, names[i])
-        if question is None:
+        # three of five changes are that something moved
+        if question is None or (" moved" in question.answer and rng.random() < 0.7):
             continue
         text = question.text
         if rng.random() < 0.15:
@@ -205,7 +209,11 @@ def conversation(rng: Rng, scenes: list[Scene], n_tokens: int, weights: np.ndarr
             text = text.rstrip("?")
         asked = [tokens.IDS[tokens.USER], *tokens.encode(" " + text), tokens.IDS[tokens.ASSISTANT]]
         talk.say(asked)
-        talk.answer(question, i)
+        if question in had:  # its answer can be copied
+            talk.say([*tokens.encode(" " + question.answer), tokens.IDS[tokens.EOS]])
+        else:
+            talk.answer(question, i)
+        had.add(question)
     for column in (talk.ids, talk.mask, talk.labels, talk.skills):
         del column[n_tokens:]
     talk.where = [(t, shown) for t, shown in talk.where if t < n_tokens]
@@ -215,8 +223,16 @@ def conversation(rng: Rng, scenes: list[Scene], n_tokens: int, weights: np.ndarr
 
 def _crowded(rng: Rng, n_images: int) -> list[Scene]:
     """The fuller one of two albums: neighbours and numbers are easy where there is little."""
-    albums = (album(rng, n_images, held_out=False) for _ in range(2))
+    albums = (_album(rng, n_images) for _ in range(2))
     return max(albums, key=lambda scenes: sum(len(scene.things) for scene in scenes))
+
+
+def _album(rng: Rng, n_images: int) -> list[Scene]:
+    """Like the suite's, or of pairs in which something changed."""
+    if rng.random() < 0.75:
+        return album(rng, n_images, held_out=False)
+    pairs = [scene for _ in range(n_images // 2) for scene in pair(rng, held_out=False)]
+    return [*pairs, *album(rng, n_images % 2, held_out=False)]
 
 
 def batch(rng: Rng, n: int, n_images: int, n_tokens: int, weights: np.ndarray) -> Batch:
@@ -225,7 +241,8 @@ def batch(rng: Rng, n: int, n_images: int, n_tokens: int, weights: np.ndarray) -
     talks = [conversation(rng, a, n_tokens, weights) for a in albums]
     dense = np.stack([[dense_labels(s) for s in a] for a in albums])
     classes, colors = dense[:, :, 0], dense[:, :, 1]
-    before = np.concatenate([np.full_like(classes[:, :1], -100), classes[:, :-1]], 1)
+    seen = dense[:, :, :2]
+    before = np.concatenate([np.full_like(seen[:, :1], -100), seen[:, :-1]], 1)
     return Batch(
         torch.tensor([talk.ids for talk in talks]),
         torch.tensor([talk.mask for talk in talks]),

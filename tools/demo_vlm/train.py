@@ -35,7 +35,7 @@ from data import (
     tinted,
 )
 from model import TEXT, VISION, DemoVLM
-from tokens import TOKENS
+from tokens import EOS, IDS, TOKENS
 from torch import nn
 
 from csp_edge.eval.suite import SKILLS, STEPS, album
@@ -49,7 +49,7 @@ N_HALF = 16
 AROUND = [*STEPS, *(f"color {step}" for step in STEPS)]
 # these blocks' first heads are shown where to look, less and less, until this share of the time
 LOOKING = (3, 4)
-GUIDED = 0.8
+GUIDED = 0.95
 # images in a conversation: tokens, conversations in a batch
 SHAPES = {
     1: (256, 16),
@@ -88,7 +88,9 @@ class Heads(nn.Module):
             }
         )
         self.image = nn.Linear(TEXT["n_embd"], N_IMAGES_MAX)
-        self.before = nn.Linear(TEXT["n_embd"], len(CLASSES))
+        self.before = nn.ModuleList(
+            nn.Linear(TEXT["n_embd"], n) for n in (len(CLASSES), DENSE["color"])
+        )
         self.changed = nn.Linear(TEXT["n_embd"], 2)
 
 
@@ -287,17 +289,17 @@ def train_all(folder: Path, minutes: float, vision: Run | None) -> None:
             guess = run.model.output(last[asked]).float()
             seen = before_block[N_MIDDLE][b.is_picture].unflatten(0, (len(b.image), -1))
             image = run.heads.image(seen).float()
-            before = run.heads.before(seen).float()
+            before = [head(seen).float() for head in run.heads.before]
         answer_loss = F.cross_entropy(guess, b.labels[asked].to(DEVICE))
         image_loss = F.cross_entropy(
             image.flatten(0, 1), b.image[:, None].expand(image.shape[:2]).flatten().to(DEVICE)
         )
-        shows = b.before.flatten().to(DEVICE)
-        before_loss = (
-            F.cross_entropy(before.flatten(0, 1), shows, ignore_index=-100)
-            if n_images > 1
-            else torch.zeros((), device=DEVICE)
-        )
+        before_loss = torch.zeros((), device=DEVICE)
+        if n_images > 1:
+            for guesses, shows in zip(before, b.before.unbind(1), strict=True):
+                before_loss = before_loss + F.cross_entropy(
+                    guesses.flatten(0, 1), shows.flatten().to(DEVICE), ignore_index=-100
+                )
         seen_loss, _ = dense_loss(run.heads.dense, features.float(), b.dense.to(DEVICE))
         half = run.rng.permutation(len(b.pictures))[:N_HALF]
         half_loss = half_seen_loss(run, b, half, are_colors=False)
@@ -305,9 +307,10 @@ def train_all(folder: Path, minutes: float, vision: Run | None) -> None:
         changed_loss = (
             F.cross_entropy(
                 run.heads.changed(before_block[N_MIDDLE + 1][b.is_picture]).float(),
-                (b.before != b.dense[:, 0])
+                (b.before != b.dense[:, :2])
+                .any(1)
                 .long()
-                .masked_fill(b.before < 0, -100)
+                .masked_fill(b.before[:, 0] < 0, -100)
                 .flatten()
                 .to(DEVICE),
             )
@@ -337,8 +340,13 @@ def train_all(folder: Path, minutes: float, vision: Run | None) -> None:
         )
         run.learn(answer_loss + hints)
 
-        right = (guess.argmax(-1).cpu() == b.labels[asked]).float()
-        skills = b.skill[asked]
+        # of whole answers, each with its end; the last one may have none
+        is_end = b.labels[asked] == IDS[EOS]
+        answer = is_end.cumsum(0) - is_end.long()
+        wrong = torch.zeros(int(answer.max()) + 1).index_add_(
+            0, answer, (guess.argmax(-1).cpu() != b.labels[asked]).float()
+        )
+        right, skills = (wrong == 0)[answer[is_end]].float(), b.skill[asked][is_end]
         for i, name in enumerate(names):
             if (skills == i).any():
                 share_right = right[skills == i].mean().item()
