@@ -23,7 +23,7 @@ from csp_edge.policies import Full, Policy
 _F32 = 4
 _N_MODALITY = 2
 # native/csp-score.cpp: elements of a block of attention, and its queries
-_SCORE_BLOCK = 2**24
+_SCORE_BLOCK = 2**22
 _SCORE_QUERIES = 64
 # of the engine's pictures that are kept encoded
 _EMBEDDING_CACHE_BYTES = 64 * 2**20

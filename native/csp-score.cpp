@@ -9,7 +9,7 @@
 
 // queries per graph: bounds the memory of the attention matrix
 static uint32_t csp_n_block(const llama_csp::layer & l, uint32_t n_cells) {
-    constexpr size_t n_max = 1 << 24; // elements
+    constexpr size_t n_max = 1 << 22; // elements
 
     return std::clamp<size_t>(n_max/(size_t(n_cells)*l.n_head), 1, 64);
 }
