@@ -1,4 +1,4 @@
-"""What comparing keys costs: seconds to prune with distance 16 and without, beside the prefill.
+"""What comparing keys costs: seconds to prune with distance 32 and without, beside the prefill.
 
     python bench/distance.py
 
@@ -21,7 +21,7 @@ N_ROUNDS = 3
 
 def main() -> None:
     text = default_text()[:N_CHARS]
-    timings = {distance: [] for distance in (0.0, 16.0)}
+    timings = {distance: [] for distance in (0.0, 32.0)}
     for _ in range(N_ROUNDS):
         for distance, found in timings.items():
             with EdgeVLM(smollm2(), cache=CSP(0.2, distance=distance), n_threads=2) as vlm:

@@ -9,7 +9,7 @@ mkdir -p "$logs"
 export PATH=$PWD/.venv/bin:$PATH
 
 policies=csp,snapkv,h2o,streaming,lookm,pyramid,adakv,random
-settings=csp:distance=0,csp:distance=4,csp:distance=64,csp:cross_ratio=0,csp:cross_ratio=0.1
+settings=csp:distance=0,csp:distance=16,csp:distance=64,csp:cross_ratio=0,csp:cross_ratio=0.1
 settings+=,csp:cross_ratio=0.5,csp:cross_ratio=0.9,csp:cross_ratio=1,csp:n_score=0,csp:sink=1
 settings+=,csp:sink=mass,csp:window=4,csp:window=16,csp:window=32,csp:distance=0,window=16
 

@@ -21,7 +21,7 @@ static double csp_cross_ratio(const std::vector<double> & self, const std::vecto
 
 // the automatic lambda of one head: neighbouring patches of a picture say the same, words don't
 static double csp_distance(const int8_t * modality, size_t n) {
-    return std::find(modality, modality + n, LLAMA_CSP_MODALITY_MEDIA) != modality + n ? 16.0 : 0.0;
+    return std::find(modality, modality + n, LLAMA_CSP_MODALITY_MEDIA) != modality + n ? 32.0 : 0.0;
 }
 
 // draws one by one: the value of a cell falls with every key that is drawn near it

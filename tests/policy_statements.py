@@ -80,7 +80,7 @@ def csp(
         drawn: list[int] = []
         for score, n in (cross[h], n_cross), (self[h], budget - recent - n_cross):
             rest = [i for i in old if i not in drawn]
-            apartness = (16 if 1 in modality[h, old] else 0) if distance is None else distance
+            apartness = (32 if 1 in modality[h, old] else 0) if distance is None else distance
             if apartness:
                 drawn += apart(score, n, rest, last + drawn, k[h], apartness)
             else:

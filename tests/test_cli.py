@@ -183,7 +183,7 @@ def test_budget_in_cells(capsys) -> None:
 
 
 def test_same_seed_same_answer(capsys) -> None:
-    argv = ["chat", "--temp", "5", "--max-tokens", "5", "What color?"]
+    argv = ["chat", "--temp", "5", "--max-tokens", "5", "What is above image 3?"]
     answers = []
     for seed in ("1", "1", "2", "3", "4"):
         assert main([*argv, "--seed", seed]) == 0

@@ -35,7 +35,7 @@ class CSP(Policy):
             log(score) - distance * max(0, c)^2, where c is the largest cosine of its key with
             those of the recent cells and of the cells drawn so far. Not in the paper: neighbouring
             patches of a picture say the same, and what the first question does not need is there
-            for the next. None: 16 where there are pictures to choose from, 0 where there are not.
+            for the next. None: 32 where there are pictures to choose from, 0 where there are not.
         n_score: n of the scoring softmax, exp(x) / (n + sum exp(x)) (section 3.3), at least 0.
         sink: n while decoding over the pruned cache (section 3.3). None: plain softmax.
             A number above 0: that n. "mass": the measured mass of the evicted cells, per head.
