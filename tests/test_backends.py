@@ -89,7 +89,7 @@ def conversation(scenes, model=MODEL, **options):
 
 def answer(model, **options):
     """The result of a question without pictures, and logits."""
-    with EdgeVLM(model, cache=CSP(48), n_threads=1, n_ctx=1024, **options) as vlm:
+    with EdgeVLM(model, cache=CSP(48, window=8), n_threads=1, n_ctx=1024, **options) as vlm:
         result = vlm.chat("Name three colors. " * 20, max_tokens=8)
         assert result.cache.cells_after == 48
         return [result], [vlm.engine.logits.copy()]
