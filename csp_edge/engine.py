@@ -565,22 +565,39 @@ class Engine:
         if n_most - self.n_cells < min(n_text, window):
             self._empty()
             n_kept = 0
+        self._ask_ahead(prompt, window, n_most - self.n_cells)
+        # a sliding window may have been overwritten
+        if self._probes and not self.cut(n_kept):
+            return self._probe(prompt, 0, window)
+        self._is_probed = self._probes
+        return n_kept
+
+    def _ask_ahead(self, prompt: Prompt, window: int, n_most: int) -> None:
+        """Observe the last `n_most` tokens of the text that is still to come."""
+        assert self._hook
         tokens, positions, n_past = [], [], self.n_past
-        for item in prompt.items[n_kept:]:
+        for item in prompt.items[len(self.items) :]:
             if isinstance(item, int):
                 tokens.append(item)
                 positions.append(n_past)
             n_past += 1 if isinstance(item, int) else item.n_pos
-        n = min(len(tokens), n_most - self.n_cells)
+        n = min(len(tokens), n_most)
         self.observe(min(window, n))
         if self._probes:
             self._resize(max(self._hook.n_cells, self.n_cells + n))
             self._hook.probe(tokens[-n:], positions[-n:])
-            # a sliding window may have been overwritten
-            if not self.cut(n_kept):
-                return self._probe(prompt, 0, window)
-        self._is_probed = self._probes
-        return n_kept
+
+    def _n_ahead(self, prompt: Prompt) -> int:
+        """Tokens of the question that follows the pictures, to ask ahead once more before pruning.
+
+        What was read since then is in its sight. None where no more pictures come, or where they
+        would take the place of others in a sliding window.
+        """
+        if not self._is_probed or not self.max_cells or self._n_swa:
+            return 0
+        rest = reversed(prompt.items[len(self.items) :])
+        n_text = next((i for i, item in enumerate(rest) if isinstance(item, Patches)), 0)
+        return min(n_text, self.max_cells // 8)
 
     def _recall(self, prompt: Prompt, n_kept: int, window: int, policy: Policy) -> int:
         """Choose what the cache holds by the new question. How many items it holds."""
@@ -672,7 +689,13 @@ class Engine:
 
     def _make_room_in(self, prompt: Prompt, n_new: int) -> None:
         """Let the cache take `n_new` more tokens of a prompt."""
-        self._make_room(n_new)
+        n_ahead = 0
+        if self.max_cells and self.n_cells + n_new > self.max_cells:
+            n_ahead = self._n_ahead(prompt)
+            n_free = self.max_cells - self.n_cells
+            if 0 < min(n_ahead, self._window) <= n_free:
+                self._ask_ahead(prompt, self._window, min(n_ahead, n_free))
+        self._make_room(n_new + n_ahead)
         n_rest = prompt.n_tokens - self.n_tokens
         if self._is_probed and self.n_cells + n_rest <= (self.max_cells or self.n_ctx):
             # the probe has done its work: the tokens themselves see more

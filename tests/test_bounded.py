@@ -146,9 +146,13 @@ def test_every_pruning_is_by_the_question(probing):
     for pruning in probing.prunings:
         assert pruning.window_pos.tolist() == window
         assert not pruning.window_modality.any()
-        # room for a picture, or for the words between two
-        assert pruning.n_kept in (MAX_CELLS - 64, MAX_CELLS - 32)
+        # room for a picture, or for the words between two, and for the question
+        assert MAX_CELLS - 64 - 32 <= pruning.n_kept <= MAX_CELLS - 32
         check(pruning, 0)
+    # each time it is asked with what was read since in sight
+    first, second = (pruning.layers for pruning in probing.prunings[:2])
+    np.testing.assert_allclose(first[0].q, second[0].q, rtol=1e-2, atol=1e-2)
+    assert np.abs(first[-1].q - second[-1].q).max() > 0.1
     # the last one is by the question itself
     engine = probing
     n_before = len(engine.prunings)
