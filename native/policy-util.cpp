@@ -48,7 +48,7 @@ std::vector<uint32_t> csp_draw(std::vector<uint32_t> & cand, uint32_t n, const s
         return sa > sb || (sa == sb && a < b);
     };
 
-    if (n < cand.size()) {
+    if (n > 0 && n < cand.size()) {
         std::nth_element(cand.begin(), cand.begin() + n, cand.end(), better);
     }
 
