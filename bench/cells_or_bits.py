@@ -125,7 +125,7 @@ def main() -> None:
     # both count the same
     loss = {
         kv_type: {
-            str(share): float(np.mean([np.mean(m[kv_type][share]) for m in measured.values()]))
+            str(share): round(np.mean([np.mean(m[kv_type][share]) for m in measured.values()]), 5)
             for share in SHARES
         }
         for kv_type in KV_TYPES
