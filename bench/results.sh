@@ -25,9 +25,10 @@ csp-edge eval fidelity -m "$(python -c 'import sys; sys.path.append("bench"); im
 csp-edge eval report "$logs"/{0,1,fluent,fidelity}.jsonl -o docs/results.md --plot docs/results.png
 
 # the README's table: 8 and 16 pictures
-for seed in 0 1; do
+for seed in 0 1 2 3; do
     suite --seed $seed --images 8,16 --budgets 10%,20% \
         --policies csp,csp:distance=0,adakv,snapkv,lookm,random --log "$logs/many$seed.jsonl" &
+    ((seed % 2)) && wait
 done
-wait
-csp-edge eval report "$logs"/many{0,1}.jsonl | grep -A 12 '^### Accuracy, .*question'
+csp-edge eval report "$logs"/many{0,1,2,3}.jsonl |
+    grep -A 12 -e '^### Accuracy, .*question' -e '^### Share'
