@@ -587,17 +587,24 @@ class Engine:
             self._resize(max(self._hook.n_cells, self.n_cells + n))
             self._hook.probe(tokens[-n:], positions[-n:])
 
-    def _n_ahead(self, prompt: Prompt) -> int:
-        """Tokens of the question that follows the pictures, to ask ahead once more before pruning.
+    def _ask_again(self, prompt: Prompt, n_most: int) -> int:
+        """Before a pruning, observe the question that follows the pictures, as far as it fits.
 
-        What was read since then is in its sight. None where no more pictures come, or where they
-        would take the place of others in a sliding window.
+        What was read since the last time is in its sight. Not where no more pictures come, or where
+        it would take the place of others in a sliding window.
+
+        Returns:
+            The cells that the next time wants.
         """
-        if not self._is_probed or not self.max_cells or self._n_swa:
+        if not self._is_probed or self._n_swa:
             return 0
         rest = reversed(prompt.items[len(self.items) :])
         n_text = next((i for i, item in enumerate(rest) if isinstance(item, Patches)), 0)
-        return min(n_text, self.max_cells // 8)
+        n = min(n_text, n_most // 8)
+        n_free = n_most - self.n_cells
+        if 0 < min(n, self._window) <= n_free:
+            self._ask_ahead(prompt, self._window, min(n, n_free))
+        return n
 
     def _recall(self, prompt: Prompt, n_kept: int, window: int, policy: Policy) -> int:
         """Choose what the cache holds by the new question. How many items it holds."""
@@ -689,13 +696,9 @@ class Engine:
 
     def _make_room_in(self, prompt: Prompt, n_new: int) -> None:
         """Let the cache take `n_new` more tokens of a prompt."""
-        n_ahead = 0
         if self.max_cells and self.n_cells + n_new > self.max_cells:
-            n_ahead = self._n_ahead(prompt)
-            n_free = self.max_cells - self.n_cells
-            if 0 < min(n_ahead, self._window) <= n_free:
-                self._ask_ahead(prompt, self._window, min(n_ahead, n_free))
-        self._make_room(n_new + n_ahead)
+            n_new += self._ask_again(prompt, self.max_cells)
+        self._make_room(n_new)
         n_rest = prompt.n_tokens - self.n_tokens
         if self._is_probed and self.n_cells + n_rest <= (self.max_cells or self.n_ctx):
             # the probe has done its work: the tokens themselves see more

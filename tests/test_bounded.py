@@ -142,12 +142,13 @@ def test_every_pruning_is_by_the_question(probing):
     with tokenize(probing, 8) as prompt:
         probing.prefill(prompt, window=8, policy=POLICY)
         window = [*range(prompt.n_tokens - 8, prompt.n_tokens)]
+        n_question = [isinstance(item, int) for item in prompt.items[::-1]].index(False)
     assert len(probing.prunings) > 3
     for pruning in probing.prunings:
         assert pruning.window_pos.tolist() == window
         assert not pruning.window_modality.any()
-        # room for a picture, or for the words between two, and for the question
-        assert MAX_CELLS - 64 - 32 <= pruning.n_kept <= MAX_CELLS - 32
+        # room for a picture and the question, or for the words between two
+        assert pruning.n_kept in (MAX_CELLS - 64 - n_question, MAX_CELLS - 32)
         check(pruning, 0)
     # each time it is asked with what was read since in sight
     first, second = (pruning.layers for pruning in probing.prunings[:2])
@@ -159,6 +160,19 @@ def test_every_pruning_is_by_the_question(probing):
     engine.prune(POLICY)
     assert engine.prunings[n_before].n_kept == 60
     assert engine.prunings[n_before].n_recent == 8
+
+
+@pytest.mark.parametrize("n_swa", [0, 64])
+def test_a_sliding_window_is_asked_once(probing, monkeypatch, n_swa):
+    """Asked ahead again, the question would take the place of cells that are still in sight."""
+    calls = []
+    ask = probing._ask_ahead
+    monkeypatch.setattr(probing, "_ask_ahead", lambda *args: (calls.append(args), ask(*args)))
+    monkeypatch.setattr(probing, "_n_swa", n_swa)
+    with tokenize(probing, 8) as prompt:
+        probing.prefill(prompt, window=8, policy=POLICY)
+    assert len(probing.prunings) > 3
+    assert len(calls) == (1 if n_swa else 1 + len(probing.prunings))
 
 
 def test_without_probing_by_what_came_last(demo_paths):
