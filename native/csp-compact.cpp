@@ -27,6 +27,8 @@ llama_csp::cell_list llama_csp::get_cells() const {
     }
 
     res.n_chosen = index.n_chosen;
+    res.n_base   = index.n_base;
+    res.n_true   = res.size() - res.n_chosen;
 
     return res;
 }

@@ -6,6 +6,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
+
+// cells in a graph: the CPU's fast products take no other numbers
+static uint32_t csp_n_pad(uint32_t n_cells) {
+    return GGML_PAD(n_cells, 16);
+}
 
 // queries per graph: bounds the memory of the attention matrix
 static uint32_t csp_n_block(const llama_csp::layer & l, uint32_t n_cells) {
@@ -32,24 +38,28 @@ struct csp_attn_graph : csp_graph {
     const std::vector<int32_t> rows_data;
 
     const uint32_t n_q;
+    const uint32_t n_pad;
     const float    n_score;
 
-    ggml_tensor * idxs; // I32 [n_cells]
+    ggml_tensor * archived = nullptr; // [n_embd_k_gqa, n_cells] keys that are not in the cache
+
+    ggml_tensor * idxs; // I32 [n_pad]
     ggml_tensor * rows; // I32 [n_q]
-    ggml_tensor * mask; // F32 [n_cells, n_q, 1], or n_head of them where heads have padding
+    ggml_tensor * mask; // F32 [n_pad, n_q, 1], or n_head of them where heads have padding
     ggml_tensor * sink; // F32 [n_head] ln(n)
 
     ggml_tensor * q;      // F32 [n_embd_head_k*n_head, n_q]
-    ggml_tensor * k;      // F32 [n_embd_k_gqa, n_cells]
-    ggml_tensor * logits; // F32 [n_cells, n_q, n_head] scaled, not masked
-    ggml_tensor * attn;   // F32 [n_cells, n_q, n_head]
+    ggml_tensor * k;      // F32 [n_embd_k_gqa, n_pad]
+    ggml_tensor * logits; // F32 [n_pad, n_q, n_head] scaled, not masked
+    ggml_tensor * attn;   // F32 [n_pad, n_q, n_head]
 
     // by the queries' modality
     ggml_tensor * is_of[N_MODALITY] = {}; // F32 [1, n_q] 1 or 0, NULL where all are or none is
-    ggml_tensor * sums [N_MODALITY] = {}; // F32 [n_cells, 1, n_head_kv] attention to a KV head, NULL where none is
+    ggml_tensor * sums [N_MODALITY] = {}; // F32 [n_pad, 1, n_head_kv] attention to a KV head, NULL where none is
 };
 
-ggml_tensor * csp_build_logits(csp_graph & graph, const llama_csp::layer & l, ggml_tensor * q, ggml_tensor * k) {
+// F32 [n_cells, n_q, n_head] scaled, not masked. q: F32 [n_embd_head_k*n_head, n_q], k: F32 [n_embd_k_gqa, n_cells]
+static ggml_tensor * csp_build_logits(csp_graph & graph, const llama_csp::layer & l, ggml_tensor * q, ggml_tensor * k) {
     auto * ctx0 = graph.ctx0;
 
     const auto & hparams = graph.lctx.get_model().hparams;
@@ -75,17 +85,19 @@ ggml_tensor * csp_build_logits(csp_graph & graph, const llama_csp::layer & l, gg
 }
 
 csp_attn_graph::csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l, const llama_csp::cell_list & cells, std::vector<int32_t> rows_data, float n_score) :
-    csp_graph(csp.ctx), csp(csp), l(l), cells(cells), rows_data(std::move(rows_data)), n_q(this->rows_data.size()), n_score(n_score) {
-    const int64_t n_cells = cells.size();
+    csp_graph(csp.ctx), csp(csp), l(l), cells(cells), rows_data(std::move(rows_data)), n_q(this->rows_data.size()), n_pad(csp_n_pad(cells.size())), n_score(n_score) {
+    if (cells.idxs.empty()) {
+        archived = new_input(l.archive_k.type, l.archive_k.n_embd, cells.size());
+    }
 
-    idxs = new_input(GGML_TYPE_I32, n_cells, 1);
-    rows = new_input(GGML_TYPE_I32, n_q,     1);
-    mask = new_input(GGML_TYPE_F32, n_cells, n_q, csp.index.is_ragged ? l.n_head : 1);
+    idxs = new_input(GGML_TYPE_I32, n_pad, 1);
+    rows = new_input(GGML_TYPE_I32, n_q,   1);
+    mask = new_input(GGML_TYPE_F32, n_pad, n_q, cells.n_chosen > 0 && csp.index.is_ragged ? l.n_head : 1);
     sink = new_input(GGML_TYPE_F32, l.n_head, 1);
 
     // also dequantizes
     q = ggml_get_rows(ctx0, l.q, rows);
-    k = ggml_get_rows(ctx0, ggml_view_2d(ctx0, l.k, l.k->ne[0], l.k->ne[1], l.k->nb[1], 0), idxs);
+    k = ggml_get_rows(ctx0, archived ? archived : ggml_view_2d(ctx0, l.k, l.k->ne[0], l.k->ne[1], l.k->nb[1], 0), idxs);
 
     logits = csp_build_logits(*this, l, q, k);
 
@@ -94,24 +106,40 @@ csp_attn_graph::csp_attn_graph(const llama_csp & csp, const llama_csp::layer & l
 }
 
 void csp_attn_graph::set_inputs() {
-    ggml_backend_tensor_set(idxs, cells.idxs.data(), 0, ggml_nbytes(idxs));
-    ggml_backend_tensor_set(rows, rows_data.data(),  0, ggml_nbytes(rows));
+    std::vector<int32_t> idxs_data(cells.idxs.begin(), cells.idxs.end());
 
-    std::vector<float> data(ggml_nelements(mask));
+    if (archived) {
+        idxs_data.resize(cells.size());
+        std::iota(idxs_data.begin(), idxs_data.end(), 0);
 
-    float * dst = data.data();
+        for (uint32_t i = 0; i < cells.size(); i += csp_rows::N_BLOCK) {
+            ggml_backend_tensor_set(archived, l.archive_k.row(i), i*archived->nb[1], std::min(cells.size() - i, csp_rows::N_BLOCK)*archived->nb[1]);
+        }
+    }
+
+    // any cell: it is hidden
+    idxs_data.resize(n_pad, idxs_data[0]);
+
+    ggml_backend_tensor_set(idxs, idxs_data.data(), 0, ggml_nbytes(idxs));
+    ggml_backend_tensor_set(rows, rows_data.data(), 0, ggml_nbytes(rows));
+
+    std::vector<float> data(ggml_nelements(mask), -INFINITY);
 
     for (int64_t h = 0; h < mask->ne[2]; ++h) {
-        const uint32_t n_chosen = csp.index.is_ragged ? l.index.n_chosen[h/(l.n_head/l.n_head_kv)] : cells.n_chosen;
+        const uint32_t n_chosen = mask->ne[2] > 1 ? l.index.n_chosen[h/(l.n_head/l.n_head_kv)] : cells.n_chosen;
 
-        for (const auto row : rows_data) {
+        for (uint32_t i = 0; i < n_q; ++i) {
+            const auto row = rows_data[i];
+
+            float * dst = data.data() + (h*n_q + i)*n_pad;
+
             const auto & cur = csp.window[row];
 
             for (uint32_t j = 0; j < cells.size(); ++j) {
                 const bool hidden = j < cells.n_chosen ? j >= n_chosen : cells.pos[j] > cur.pos_max ||
                     (cur.is_2d && cells.pos[j] == cur.pos && cells.ext[j].is_2d_gt(cur.ext.x, cur.ext.y));
 
-                *dst++ = hidden ? -INFINITY : 0.0f;
+                dst[j] = hidden ? -INFINITY : 0.0f;
             }
         }
     }
@@ -195,14 +223,14 @@ static std::vector<int32_t> csp_block(const std::vector<int32_t> & rows, size_t 
 }
 
 void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int32_t> & rows, const llama_csp_params & params, std::vector<head_cells> & heads) {
-    const uint32_t n_cells = cells.size();
-    const uint32_t n_block = csp_n_block(l, n_cells);
+    const uint32_t n_pad   = csp_n_pad(cells.size());
+    const uint32_t n_block = csp_n_block(l, n_pad);
 
-    // attention from queries of each modality: [n_head_kv][n_cells]
+    // attention from queries of each modality: [n_head_kv][n_pad]
     std::array<std::vector<float>, N_MODALITY> sums;
-    sums.fill(std::vector<float>(size_t(n_cells)*l.n_head_kv, 0.0f));
+    sums.fill(std::vector<float>(size_t(n_pad)*l.n_head_kv, 0.0f));
 
-    std::vector<float> keys; // [n_cells][n_head_kv][n_embd_head_k]
+    std::vector<float> keys; // [n_pad][n_head_kv][n_embd_head_k]
 
     for (size_t i_block = 0; i_block < rows.size(); i_block += n_block) {
         csp_attn_graph graph(*this, l, cells, csp_block(rows, i_block, n_block), params.n_score);
@@ -248,7 +276,7 @@ void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int3
         auto & head = heads[h];
 
         for (uint32_t i = 0; i < head.size(); ++i) {
-            const size_t j = size_t(h)*n_cells + head.cells[i];
+            const size_t j = size_t(h)*n_pad + head.cells[i];
 
             head.self .push_back(sums[    head.modality[i]][j]);
             head.cross.push_back(sums[1 - head.modality[i]][j]);
@@ -269,9 +297,8 @@ std::vector<float> llama_csp::measure(
         const llama_csp_params & params,
         const std::vector<head_cells> & heads,
         const std::vector<head_choice> & choice) {
-    const uint32_t n_cells = cells.size();
     const uint32_t n_group = l.n_head/l.n_head_kv;
-    const uint32_t n_block = csp_n_block(l, n_cells);
+    const uint32_t n_block = csp_n_block(l, csp_n_pad(cells.size()));
 
     std::vector<std::vector<uint32_t>> evicted(l.n_head_kv);
 
@@ -304,8 +331,8 @@ std::vector<float> llama_csp::measure(
             }
 
             for (uint32_t i = 0; i < graph.n_q; ++i) {
-                const float * x = logits.data() + (size_t(h)*graph.n_q + i)*n_cells;
-                const float * a = attn  .data() + (size_t(h)*graph.n_q + i)*n_cells;
+                const float * x = logits.data() + (size_t(h)*graph.n_q + i)*graph.n_pad;
+                const float * a = attn  .data() + (size_t(h)*graph.n_q + i)*graph.n_pad;
 
                 // a = exp(x)/Z, so that log(sum(exp(x))) = x_j + log(sum(a)/a_j) for every j
                 const uint32_t j = *std::max_element(ids.begin(), ids.end(), [a](uint32_t i0, uint32_t i1) { return a[i0] < a[i1]; });

@@ -92,6 +92,8 @@ struct llama_csp {
     // the cells of the sequence, in order: first the chosen ones, in which every head holds another token
     struct cell_list {
         uint32_t n_chosen = 0;
+        uint32_t n_base   = 0; // the token of the first one after them
+        uint32_t n_true   = 0; // the last ones, of which all is known that the cache knows
 
         std::vector<uint32_t>          idxs; // [n_cells] in the KV cache, none of archived tokens
         std::vector<llama_pos>         pos;  // [n_cells]
@@ -309,9 +311,6 @@ struct llama_csp {
     // all tokens of the sequence, as they were before any was evicted
     cell_list get_archived(const cell_list & cells) const;
 
-    // score and choose among them
-    pruning plan_recall(const cell_list & cells, const llama_csp_params & params);
-
     void recall(const llama_csp_params & params);
 
     bool is_archiving = false;
@@ -374,7 +373,7 @@ struct llama_csp {
     void check(const llama_csp_params & params);
 
     // score and choose
-    pruning plan(const llama_csp_params & params);
+    pruning plan(const cell_list & cells, const llama_csp_params & params);
 
     void prune(const llama_csp_params & params);
 
@@ -456,9 +455,6 @@ struct csp_graph {
     ggml_context * ctx0;
     ggml_cgraph  * gf;
 };
-
-// F32 [n_cells, n_q, n_head] scaled, not masked. q: F32 [n_embd_head_k*n_head, n_q], k: F32 [n_embd_k_gqa, n_cells]
-ggml_tensor * csp_build_logits(csp_graph & graph, const llama_csp::layer & l, ggml_tensor * q, ggml_tensor * k);
 
 template<typename T>
 T * csp_find_input(const llm_graph_context & graph) {

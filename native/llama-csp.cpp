@@ -295,7 +295,7 @@ std::vector<llama_csp::head_cells> llama_csp::get_heads(const layer & l, const c
     for (uint32_t h = 0; h < l.n_head_kv; ++h) {
         for (uint32_t i = 0; i < cells.size(); ++i) {
             if (i >= cells.n_chosen) {
-                res[h].token   .push_back(index.n_base + i - cells.n_chosen);
+                res[h].token   .push_back(cells.n_base + i - cells.n_chosen);
                 res[h].modality.push_back(csp_modality(cells.ext[i]));
             } else if (i < l.index.n_chosen[h]) {
                 res[h].token   .push_back(l.index.kept[size_t(h)*index.n_kept + i]);
@@ -391,30 +391,29 @@ void llama_csp::check(const llama_csp_params & params) {
     }
 }
 
-llama_csp::pruning llama_csp::plan(const llama_csp_params & params) {
+llama_csp::pruning llama_csp::plan(const cell_list & cells, const llama_csp_params & params) {
     pruning res;
 
-    res.cells = get_cells();
-    res.rows  = window_rows(params.window > 0 ? std::min(params.window, n_observed) : n_observed);
+    res.cells  = cells;
+    res.rows   = window_rows(params.window > 0 ? std::min(params.window, n_observed) : n_observed);
+    res.n_true = std::min(params.recent, cells.n_true);
 
-    const uint32_t n_cells = res.cells.size();
-
-    res.n_true = std::min(params.recent, n_cells - res.cells.n_chosen);
+    const uint32_t n_cells = cells.size();
 
     for (size_t il = 0; il < layers.size(); ++il) {
         auto & l = layers[il];
 
-        auto heads = get_heads(l, res.cells);
+        auto heads = get_heads(l, cells);
 
         const bool is_within = std::all_of(heads.begin(), heads.end(), [&](const head_cells & head) { return head.size() <= params.budget; });
 
         const int64_t t_start_us = ggml_time_us();
 
         if (!is_within || params.inspect) {
-            score(l, res.cells, res.rows, params, heads);
+            score(l, cells, res.rows, params, heads);
         }
         if (params.inspect) {
-            inspect(l, res.cells, heads);
+            inspect(l, cells, heads);
         }
 
         const int64_t t_scored_us = ggml_time_us();
@@ -424,7 +423,7 @@ llama_csp::pruning llama_csp::plan(const llama_csp_params & params) {
         const int64_t t_selected_us = ggml_time_us();
 
         if (!is_within && params.sink == LLAMA_CSP_SINK_MASS) {
-            res.masses.push_back(measure(l, res.cells, res.rows, params, heads, choice));
+            res.masses.push_back(measure(l, cells, res.rows, params, heads, choice));
         } else {
             res.masses.emplace_back(l.n_head, CSP_SINK_EMPTY);
         }
@@ -461,7 +460,7 @@ void llama_csp::prune(const llama_csp_params & params) {
     reset_graphs();
     clear_inspection();
 
-    const auto cur = plan(params);
+    const auto cur = plan(get_cells(), params);
 
     const int64_t t_start_us = ggml_time_us();
 
@@ -519,7 +518,7 @@ void llama_csp::set_index(const pruning & plan, const llama_csp_params & params)
 
         for (uint32_t h = 0; h < l.n_head_kv; ++h) {
             for (const auto i : plan.choices[il][h].kept) {
-                tokens.push_back(i < cells.n_chosen ? l.index.kept[size_t(h)*index.n_kept + i] : index.n_base + i - cells.n_chosen);
+                tokens.push_back(i < cells.n_chosen ? l.index.kept[size_t(h)*index.n_kept + i] : cells.n_base + i - cells.n_chosen);
             }
 
             tokens.resize(size_t(h + 1)*plan.n_kept);
@@ -536,8 +535,8 @@ void llama_csp::set_index(const pruning & plan, const llama_csp_params & params)
     index.n_kept = plan.n_kept;
 
     // tokens from n_base on are known by their cells
-    index.pos     .resize(index.n_base);
-    index.modality.resize(index.n_base);
+    index.pos     .resize(cells.n_base);
+    index.modality.resize(cells.n_base);
 
     for (uint32_t i = cells.n_chosen; i < cells.size(); ++i) {
         index.pos     .push_back(cells.pos[i]);
