@@ -67,7 +67,7 @@ void llama_csp::compact(const layer & l, const cell_list & cells, const std::vec
         auto kept = cur.kept;
 
         // padding is between the chosen and the true cells, with whatever in it
-        const uint32_t any = kept[0];
+        const uint32_t any = kept.empty() ? 0 : kept[0];
 
         kept.insert(kept.end() - n_true, n_kept - kept.size(), any);
 

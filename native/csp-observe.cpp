@@ -44,6 +44,7 @@ void llama_csp::observe(uint32_t n_window_new) {
 
         n_window = 0;
         bufs_q.clear();
+        window.clear();
 
         if (n_window_new > 0) {
             bufs_q = csp_alloc(layers, &layer::q, [](const layer & l) -> int64_t { return l.n_embd_head_k*l.n_head; }, n_window_new);

@@ -122,7 +122,8 @@ llama_csp::cell_list llama_csp::get_archived(const cell_list & cells) const {
     res.pos.insert(res.pos.end(), cells.pos.begin() + cells.n_chosen, cells.pos.end());
     res.ext.insert(res.ext.end(), cells.ext.begin() + cells.n_chosen, cells.ext.end());
 
-    res.n_true = cells.n_true;
+    // the position of one token at least is that of the chosen cells
+    res.n_true = std::min(cells.n_true, res.size() - 1);
 
     return res;
 }
@@ -148,6 +149,10 @@ static void csp_set_rows(ggml_tensor * cache, const csp_rows & src, const std::v
 }
 
 void llama_csp::recall(const llama_csp_params & params) {
+    if (!is_archiving) {
+        throw std::invalid_argument("what is evicted is not kept: call llama_csp_keep_evicted() first");
+    }
+
     ctx.synchronize();
     reset_graphs();
     clear_inspection();
@@ -176,8 +181,7 @@ void llama_csp::recall(const llama_csp_params & params) {
             csp_set_rows(layers[il].v, layers[il].archive_v, cur.choices[il], cur.n_kept, cur.n_true, layers[il].n_embd_head_v);
         }
     } catch (...) {
-        ctx.get_memory()->clear(false);
-        update_index();
+        forget();
 
         throw;
     }

@@ -201,8 +201,7 @@ void llama_csp::resize(uint32_t n_cells) {
             try {
                 alloc_pad();
             } catch (...) {
-                ctx.get_memory()->clear(false);
-                update_index();
+                forget();
 
                 throw;
             }

@@ -275,6 +275,8 @@ void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int3
     for (uint32_t h = 0; h < l.n_head_kv; ++h) {
         auto & head = heads[h];
 
+        head.k.reserve(keys.empty() ? 0 : size_t(head.size())*l.n_embd_head_k);
+
         for (uint32_t i = 0; i < head.size(); ++i) {
             const size_t j = size_t(h)*n_pad + head.cells[i];
 

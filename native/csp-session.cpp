@@ -235,7 +235,10 @@ static void csp_check_layer(const llama_csp::layer & l, const llama_csp::layer_i
         csp_expect(is_per_head(cur.n_chosen, index.n_chosen) && cur.n_kept.size() == l.n_head_kv, "chosen cells per head");
 
         for (size_t h = 0; h < cur.n_chosen.size(); ++h) {
-            csp_expect(cur.n_chosen[h] <= cur.n_kept[h], "chosen cells per head");
+            const uint32_t n = cur.n_chosen[h];
+
+            csp_expect(n <= cur.n_kept[h] && (index.is_ragged || n == index.n_chosen), "chosen cells per head");
+            csp_expect(n == 0 || cur.kept[h*index.n_kept + n - 1] < index.n_base, "chosen tokens");
         }
     }
 
@@ -246,6 +249,7 @@ static void csp_check_layer(const llama_csp::layer & l, const llama_csp::layer_i
 
 static void csp_check_index(const llama_csp::seq_index & index, const llama_kv_cells & cells) {
     csp_expect(index.modality.size() == index.pos.size() && csp_are_modalities(index.modality), "modalities of the tokens");
+    csp_expect(std::all_of(index.pos.begin(), index.pos.end(), csp_is_pos), "positions of the tokens");
     csp_expect(index.window_modality.size() == index.window_pos.size() && csp_are_modalities(index.window_modality), "modalities of the queries");
 
     csp_expect(index.n_chosen <= index.n_kept && index.n_chosen <= cells.size(), "chosen cells");

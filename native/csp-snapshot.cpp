@@ -72,7 +72,7 @@ void llama_csp::restore(const llama_csp_snapshot & snapshot) {
     for (size_t i = 0; i < all.size(); ++i) {
         const auto & cur = snapshot.caches.at(i);
 
-        bool fits = snapshot.model == &ctx.get_model() && cur.cells.size() <= ctx.get_cparams().n_ctx;
+        bool fits = snapshot.model == &ctx.get_model() && std::max(cur.cells.size(), snapshot.n_window) <= ctx.get_cparams().n_ctx;
 
         for (size_t il = 0; fits && il < all[i]->layers.size(); ++il) {
             const auto & l = all[i]->layers[il];
@@ -85,12 +85,23 @@ void llama_csp::restore(const llama_csp_snapshot & snapshot) {
         }
     }
 
-    if (is_archiving && snapshot.index.n_base > 0 && snapshot.archives.at(0).first.blocks.empty()) {
+    if (is_archiving && snapshot.archives.at(0).first.n_embd == 0) {
         throw std::invalid_argument("the snapshot holds nothing of what was evicted");
     }
 
-    ctx.get_memory()->clear(false);
-    update_index();
+    forget();
+
+    try {
+        set_snapshot(snapshot);
+    } catch (...) {
+        forget();
+
+        throw;
+    }
+}
+
+void llama_csp::set_snapshot(const llama_csp_snapshot & snapshot) {
+    const auto all = caches();
 
     resize(snapshot.caches[0].cells.size());
 

@@ -341,6 +341,8 @@ struct llama_csp {
     // throws if the snapshot does not fit
     void restore(const llama_csp_snapshot & snapshot);
 
+    void set_snapshot(const llama_csp_snapshot & snapshot);
+
     // all caches of the context: a sliding window has its own
     std::vector<llama_kv_cache *> caches() const;
 
@@ -384,6 +386,9 @@ struct llama_csp {
     // the cells of the pruned part are no longer in the cache: forget it
     bool is_index_gone() const;
     void update_index();
+
+    // clear the sequence, and what is known of it
+    void forget();
 
     // the first position that a token of a true cell can have
     llama_pos pos_true() const;

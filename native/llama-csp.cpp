@@ -284,6 +284,11 @@ void llama_csp::update_index() {
     clear_archive();
 }
 
+void llama_csp::forget() {
+    ctx.get_memory()->clear(false);
+    update_index();
+}
+
 llama_pos llama_csp::pos_true() const {
     // the parts of one picture can share a position
     return kv.hparams.n_pos_per_embd() > 1 ? index.pos_chosen : index.pos_chosen + 1;
@@ -479,8 +484,7 @@ void llama_csp::prune(const llama_csp_params & params) {
                 compact(layers[il], cur.cells, cur.choices[il], cur.n_kept, cur.n_true);
             }
         } catch (...) {
-            ctx.get_memory()->clear(false);
-            update_index();
+            forget();
 
             throw;
         }

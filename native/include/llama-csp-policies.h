@@ -18,7 +18,7 @@ extern "C" {
                             // < 0: per head, the cross share of the scores of the cells to choose from
         double distance;    // lambda [0], needs keys where it is not 0: draw one by one by log(score) - lambda*max(0, c)^2,
                             // c the largest cosine of the cell's key with those of the recent and the drawn cells
-                            // < 0: 16 where there are cells of pictures to choose from, else 0
+                            // < 0: 32 where there are cells of pictures to choose from, else 0
     };
 
     // SnapKV (arXiv 2404.14469): window attention, pooled along the sequence
