@@ -1,6 +1,7 @@
 """The command line: csp-edge chat, demo, inspect, plan, rpc-server, bench and eval."""
 
 import argparse
+import errno
 import io
 import os
 import re
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):
+            return _fail(str(error))
         # stdout is gone or full: what is still buffered must not fail again when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         is_pipe = isinstance(error, BrokenPipeError)

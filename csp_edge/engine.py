@@ -69,9 +69,12 @@ class Snapshot:
     n_pruned: int
     n_evicted: int
     n_recent: int
+    n_uneven: int
     policy: Policy | None
     window: int
+    recent: int
     is_probed: bool
+    n_prompt: int
     n_unrecalled: int
 
 
@@ -378,7 +381,9 @@ class Engine:
     def _forget(self) -> None:
         self._policy: Policy | None = None  # what makes room within max_cells
         self._window = 0  # queries that it observes
+        self._recent = 0  # cells that it keeps in any case
         self._is_probed = False  # those are a probe's
+        self._n_prompt = 0  # tokens of the conversation when it was last prefilled
         self._n_unrecalled = 0  # tokens decoded since the last recall
         self.items.clear()
         self.n_tokens = 0  # of the conversation, evicted ones included
@@ -386,6 +391,7 @@ class Engine:
         self._n_pruned = 0  # leading items that can only go together
         self._n_evicted = 0  # tokens without a cell
         self._n_recent = 0  # pruned tokens that have a cell of their own
+        self._n_uneven = 0  # cells that the fullest head keeps beyond the budget
 
     def _append(self, item: Item) -> None:
         self.items.append(item)
@@ -428,7 +434,11 @@ class Engine:
         """Drop what an interrupted call may have left behind `items`."""
         self._check_servers()
         self.observe(0)
-        if self._ctx:
+        if not self._ctx:
+            return
+        if self.items and llama.llama_memory_seq_pos_min(self._memory, _SEQ) < 0:
+            self.clear()
+        else:
             self.cut(len(self.items))
 
     def _check_servers(self) -> None:
@@ -477,6 +487,9 @@ class Engine:
             raise PromptError("the prompt ends with a picture: put text after it")
         if prompt.n_pos > self._n_pos_max:
             raise self._beyond(prompt)
+        recent = 0
+        if policy:
+            recent = policy.resolve(prompt.n_tokens, has_pictures=prompt.has_pictures).recent
         try:
             if not self._ctx:
                 self._new_context(self._n_ubatch)
@@ -495,9 +508,12 @@ class Engine:
                 # within max_cells, what is decoded after the prompt prunes, too
                 n_new = self.max_cells or prompt.n_tokens - n_reused
                 self.observe(min(window, n_new))
-            self._policy, self._window = policy, window
+            # the probe and the recall may have changed it
+            n_cells = self.n_cells + prompt.n_tokens - self.n_tokens
+            self._policy, self._window, self._recent = policy, window, recent
             t0 = time.perf_counter()
             self._decode_items(prompt, n_kept)
+            self._n_prompt = self.n_tokens
             t1 = time.perf_counter()
         except BaseException:
             self._recover()
@@ -522,9 +538,14 @@ class Engine:
             ),
             min(len(self.items), last),
         )
-        if n_kept < self._n_pruned:
+        lost = self.items[n_kept : self._n_pruned]
+        n_lost = sum(1 if isinstance(item, int) else item.n_tokens for item in lost)
+        # a recall while the answer was written takes the answer's tokens for pruned ones
+        if n_lost > (self._n_recent if self._recall_type else 0):
             self._empty()
             return 0
+        self._n_pruned -= len(lost)
+        self._n_recent -= n_lost
         if n_kept < len(self.items) and not self.cut(n_kept):
             return 0
         return n_kept
@@ -616,8 +637,7 @@ class Engine:
             budget = min(budget, self._n_cells_pruned)
             n_cells = budget + prompt.n_tokens - self.n_tokens
             self._resize(max(self._hook.n_cells, n_cells))
-            amounts = Resolved(budget, window, min(recent, budget))
-            self._set_pruned(self._hook.recall(policy, amounts))
+            self._choose_again(policy, Resolved(budget, window, min(recent, budget)))
         return n_kept
 
     def _recall_more(self) -> None:
@@ -625,14 +645,21 @@ class Engine:
         self._n_unrecalled += 1
         if not self._recall_type or not self._n_evicted or not self._policy:
             return
-        # it takes the longer, the more there is to choose from
-        if (self._n_unrecalled + 1) * _N_TOKENS_RECALL <= self.n_tokens:
+        # it takes the longer, the more there is to choose from, and changes the less, the longer
+        # the answer is. Every query has its say
+        n_answer = self.n_tokens - self._n_prompt
+        n_wait = max(self.n_tokens // _N_TOKENS_RECALL, min(n_answer // 4, self._window))
+        if self._n_unrecalled < n_wait:
             return
-        assert self._hook
-        recent = min(self._resolve(self._policy).recent, self.n_cells)
-        amounts = Resolved(self.n_cells, self._window, recent)
-        self._set_pruned(self._hook.recall(self._policy, amounts))
+        budget = self.n_cells - self._n_uneven
+        self._choose_again(self._policy, Resolved(budget, self._window, min(self._recent, budget)))
         self._n_unrecalled = 0
+
+    def _choose_again(self, policy: Policy, amounts: Resolved) -> None:
+        """Recall, within max_cells."""
+        assert self._hook
+        self._set_pruned(self._hook.recall(policy, amounts), amounts.budget)
+        self._check_kept(policy, self.n_cells, amounts.budget)
 
     def _beyond(self, prompt: Prompt) -> PromptError:
         return PromptError(
@@ -816,8 +843,8 @@ class Engine:
             change = self._hook.recall if is_recall else self._hook.prune
             pruning = change(policy, amounts, inspect=inspect)
             self._check_servers()
-            self._set_pruned(pruning)
-            self.observe(window if self.max_cells or self._recall_type else 0)
+            self._set_pruned(pruning, budget)
+            self.observe(window if self.keeps_observing else 0)
             self._n_unrecalled = 0
             self._resize(self.n_cells + _N_CELLS_STEP)
         except BaseException:
@@ -831,20 +858,28 @@ class Engine:
         if not policy:
             raise PolicyError(f"max_cells={self.max_cells} are full: prefill with a policy")
         try:
-            _, window, recent = self._resolve(policy)
             # where a prompt goes on, its last cells so far are like any other
-            recent = 0 if self._is_probed else min(recent, n_cells)
+            recent = 0 if self._is_probed else min(self._recent, n_cells)
             assert self._hook
-            pruning = self._hook.prune(policy, Resolved(n_cells, window, recent))
-            self._set_pruned(pruning)
-            if pruning.n_kept > n_cells:
-                raise PolicyError(
-                    f"{type(policy).__name__} keeps {pruning.n_kept} cells in one head, when asked "
-                    f"for {n_cells}: within max_cells use a policy that gives all heads as many"
-                )
+            pruning = self._hook.prune(policy, Resolved(n_cells, self._window, recent))
+            self._set_pruned(pruning, n_cells)
+            self._check_kept(policy, pruning.n_kept, n_cells)
         except BaseException:
             self.clear()
             raise
+
+    def _check_kept(self, policy: Policy, n_kept: int, budget: int) -> None:
+        if self.max_cells and n_kept > budget:
+            self.clear()
+            raise PolicyError(
+                f"{type(policy).__name__} keeps {n_kept} cells in one head, when asked for "
+                f"{budget}: within max_cells use a policy that gives all heads as many"
+            )
+
+    @property
+    def keeps_observing(self) -> bool:
+        """Whether what is decoded after a prompt prunes or recalls, too."""
+        return self.max_cells is not None or self._recall_type is not None
 
     def _resolve(self, policy: Policy) -> Resolved:
         has_pictures = any(isinstance(item, Patches) for item in self.items)
@@ -855,10 +890,11 @@ class Engine:
         """Cells that pruning may leave: within max_cells some room stays."""
         return self.max_cells - self.max_cells // 8 if self.max_cells else self.n_tokens
 
-    def _set_pruned(self, pruning: Pruning) -> None:
+    def _set_pruned(self, pruning: Pruning, budget: int) -> None:
         self._n_pruned = len(self.items)
         self._n_evicted = self.n_tokens - pruning.n_kept
         self._n_recent = pruning.n_recent
+        self._n_uneven = max(0, pruning.n_kept - budget)
 
     def snapshot(self) -> Snapshot:
         """The cache as it is, with the observed queries, for restore(). It takes as much memory.
@@ -880,9 +916,12 @@ class Engine:
             self._n_pruned,
             self._n_evicted,
             self._n_recent,
+            self._n_uneven,
             self._policy,
             self._window,
+            self._recent,
             self._is_probed,
+            self._n_prompt,
             self._n_unrecalled,
         )
 
@@ -925,9 +964,11 @@ class Engine:
         self.items = list(snapshot.items)
         self.n_tokens, self.n_past = snapshot.n_tokens, snapshot.n_past
         self._n_pruned, self._n_evicted = snapshot.n_pruned, snapshot.n_evicted
-        self._n_recent = snapshot.n_recent
+        self._n_recent, self._n_uneven = snapshot.n_recent, snapshot.n_uneven
         self._policy, self._window = snapshot.policy, snapshot.window
-        self._is_probed, self._n_unrecalled = snapshot.is_probed, snapshot.n_unrecalled
+        self._recent = snapshot.recent
+        self._is_probed = snapshot.is_probed
+        self._n_prompt, self._n_unrecalled = snapshot.n_prompt, snapshot.n_unrecalled
 
 
 def _kv_type(name: str, value: str) -> int:

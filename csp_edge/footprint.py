@@ -250,7 +250,8 @@ class Layout:
             return 0
         # without pictures it may be wider, which what they would take has room for
         has_pictures = self.projector is not None and self._n_images != 0
-        return self._policy.resolve(n_cells, has_pictures=has_pictures).window
+        n_tokens = max(n_cells, self.info.n_ctx)
+        return min(self._policy.resolve(n_tokens, has_pictures=has_pictures).window, n_cells)
 
     def _queries(self, n_cells: int) -> int:
         info = self.info

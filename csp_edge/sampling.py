@@ -4,6 +4,7 @@ import codecs
 import ctypes
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -260,7 +261,7 @@ def _overlap(text: str, stop: str) -> int:
 
 def _check(name: str, value: Any, is_fine: Callable[[float], bool], kind: str) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and is_fine(value)):
+    if not (is_number and abs(value) <= sys.float_info.max and is_fine(value)):
         raise OptionError(f"{name}={value!r}: give {kind}")
 
 

@@ -38,10 +38,11 @@ from csp_edge.template import Message, Text, normalize_messages
 from csp_edge.tokenizer import Item, Patches
 
 MAGIC = b"CSPEDGE\n"
-VERSION = 1
+VERSION = 2
 
 # what EdgeVLM is made with again
 _SETTINGS = {
+    "memory": (int, str, type(None)),
     "n_ctx": (int, type(None)),
     "max_cells": (int, type(None)),
     "recall": (bool, str),
@@ -103,9 +104,12 @@ def save_session(
         "n_pruned": snapshot.n_pruned,
         "n_evicted": snapshot.n_evicted,
         "n_recent": snapshot.n_recent,
+        "n_uneven": snapshot.n_uneven,
         "has_policy": snapshot.policy is not None,
         "window": snapshot.window,
+        "recent": snapshot.recent,
         "is_probed": snapshot.is_probed,
+        "n_prompt": snapshot.n_prompt,
         "n_unrecalled": snapshot.n_unrecalled,
         "embeddings": [[key.hex(), tile, n_tokens] for key, tile, n_tokens in embeddings],
         "pictures": [
@@ -180,10 +184,10 @@ def _patches(item: Patches) -> list[Any]:
 
 
 def _identity(path: Path) -> dict[str, str]:
-    return {"path": os.path.abspath(path), "sha256": _sha256(path)}
+    return {"path": os.path.abspath(path), "sha256": model_sha256(path)}
 
 
-def _sha256(path: Path) -> str:
+def model_sha256(path: Path) -> str:
     """Of a model's file, or of all its parts."""
     parts = [header.path for header in read_parts(read_header(path))]
     return _sha256_of(*((part, *_state(part)) for part in parts))
@@ -298,7 +302,13 @@ class Session:
             for name, value in settings.items():
                 if type(value) not in _SETTINGS[name]:
                     raise TypeError(f"{name}={value!r}")
+            # a bound of another kind takes the place of the saved one
+            if given.get("memory") is not None:
+                settings |= {"max_cells": None, "n_ctx": None, "recall": False}
+            elif given.get("max_cells") is not None or given.get("recall") or given.get("rpc"):
+                settings["memory"] = None
             options = {**settings, **given}
+            options["kv_type"] = options["kv_type"] or settings["kv_type"]
             if options["kv_type"] != settings["kv_type"]:
                 raise SessionError(
                     f"{self._path}: saved with kv_type={settings['kv_type']!r}, not "
@@ -330,7 +340,7 @@ class Session:
                 f"{self._path}: saved with {what} {place.name}, and there is no file {place}: "
                 f"give {what}="
             )
-        if _sha256(path) != saved["sha256"]:
+        if model_sha256(path) != saved["sha256"]:
             raise SessionError(
                 f"{self._path}: saved with another {what} than {path}: give {what}={saved['path']}"
             )
@@ -391,9 +401,12 @@ class Session:
             _integer(head["n_pruned"], len(items)),
             _integer(head["n_evicted"], n_tokens),
             _integer(head["n_recent"], n_tokens),
+            _integer(head["n_uneven"], n_tokens),
             cache if head["has_policy"] and isinstance(cache, Policy) else None,
             _integer(head["window"]),
+            _integer(head["recent"]),
             bool(head["is_probed"]),
+            _integer(head["n_prompt"], n_tokens),
             _integer(head["n_unrecalled"]),
         )
 

@@ -273,7 +273,9 @@ class ChatTemplate:
         except TemplateError:
             return False
         # a list that is printed as such shows its keys
-        return probe in rendered and "'text'" not in rendered and '"text"' not in rendered
+        return probe in rendered and not any(
+            f"{q}text{q}: {q}{probe}{q}" in rendered for q in ("'", '"')
+        )
 
     def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         prompt = []

@@ -300,14 +300,23 @@ class EdgeVLM:
         if n_gpu_layers is None:
             n_gpu_layers = -1 if rpc else 0
         fitted: dict[str, Any] = {}
+        self._settings = {
+            "memory": memory,
+            "n_ctx": n_ctx,
+            "max_cells": max_cells,
+            "recall": recall,
+        }
         if memory is not None:
             if max_cells is not None or recall or rpc:
                 other = "max_cells" if max_cells is not None else "recall" if recall else "rpc"
                 raise OptionError(f"memory={memory!r} and {other}: give one of them")
             fitted = _fit(files.model, projector, memory, kv_type, n_gpu_layers, cache)
-            n_ctx, max_cells = fitted.pop("n_ctx", n_ctx), fitted.pop("max_cells", None)
             kv_type = fitted.pop("kv_type")
-        kv_type = kv_type or "f16"
+            max_cells = fitted.pop("max_cells", None)
+            n_cells = fitted.pop("n_ctx", None)
+            if n_ctx is None or (isinstance(n_ctx, int) and n_cells and n_cells < n_ctx):
+                n_ctx = n_cells
+        kv_type = self._settings["kv_type"] = kv_type or "f16"
         self.engine = Engine(
             files.model,
             projector,
@@ -324,15 +333,9 @@ class EdgeVLM:
         )
         self._close = weakref.finalize(self, self.engine.close)
         self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._owner: threading.Thread | None = None
         self._stream: weakref.ref[ChatStream] | None = None
         self._messages: list[Message] = []
-        self._settings = {
-            "n_ctx": n_ctx,
-            "max_cells": max_cells,
-            "recall": recall,
-            "kv_type": kv_type,
-        }
         try:
             self._template = ChatTemplate(
                 self.engine.chat_template,
@@ -361,8 +364,8 @@ class EdgeVLM:
         Args:
             path: the file.
             model: the model's file or folder, if it is no longer where it was.
-            options: as for EdgeVLM. n_ctx, max_cells, recall, kv_type and cache are the saved ones
-                where they are not given.
+            options: as for EdgeVLM. memory, n_ctx, max_cells, recall, kv_type and cache are the
+                saved ones where they are not given.
 
         Raises:
             SessionError: the file can't be read, is damaged, or is of another version, model,
@@ -524,17 +527,17 @@ class EdgeVLM:
         self.close()
 
     def _acquire(self) -> None:
-        if self._owner == threading.get_ident():
+        if self._owner is threading.current_thread():
             stream = self._stream and self._stream()
             if stream:
                 stream._take_over()
-        if self._owner == threading.get_ident():
+        if self._owner is threading.current_thread():
             raise CspEdgeError("this EdgeVLM is at work on this thread: wait until it has answered")
         self._lock.acquire()
         if not self._close.alive:
             self._lock.release()
             raise CspEdgeError("this EdgeVLM is closed: make a new one")
-        self._owner = threading.get_ident()
+        self._owner = threading.current_thread()
 
     def _release(self) -> None:
         self._owner = None
@@ -594,7 +597,7 @@ class EdgeVLM:
         pruning = None
         if policy and (budget < prefill.n_cells or self.engine.n_cells < prefill.n_cells):
             pruning = self.engine.prune(policy)
-        elif not self.engine.max_cells:
+        elif not self.engine.keeps_observing:
             self.engine.observe(0)
         t2 = time.perf_counter()
 

@@ -163,8 +163,9 @@ void llama_csp::recall(const llama_csp_params & params) {
 
     auto cur = plan(get_archived(cells), params);
 
+    // some heads may keep more than the budget
     if (cur.n_kept > kv.get_size()) {
-        throw std::invalid_argument(format("%u cells come back, and the cache has %u: resize it first", cur.n_kept, kv.get_size()));
+        resize(cur.n_kept);
     }
 
     cur.is_evicting = true;

@@ -406,6 +406,19 @@ def test_a_policy_that_gives_one_head_more(engine):
     np.testing.assert_array_equal(greedy(engine, 3), logits)
 
 
+@pytest.mark.parametrize(
+    "policy", [CSP(0.1, recent=40), CSP(window=300), CSP(0.5, recent=150), Streaming(0.5)]
+)
+def test_settings_are_of_the_whole_prompt(policy, scenes):
+    images = [*scenes, *scenes]
+    with EdgeVLM.demo(cache=policy, max_cells=256, n_threads=1) as vlm:
+        answer = vlm.chat("What is in image 3?", images=images, max_tokens=8)
+        assert answer.usage.prompt_tokens > 512
+        assert vlm.engine.n_cells <= 256
+    with EdgeVLM.demo(cache=policy, memory="1GiB", n_threads=1) as vlm:
+        assert vlm.chat("What is in image 3?", images=images, max_tokens=8).text
+
+
 @pytest.mark.parametrize("tiny", ["qwen2vl"], indirect=True)
 def test_a_picture_too_large_for_the_bound(tiny):
     (path, mmproj), parts = tiny

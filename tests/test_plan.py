@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import csp_edge.footprint
-from csp_edge import CSP, Full
+from csp_edge import CSP, EdgeVLM, Full
 from csp_edge.cli import main
 from csp_edge.errors import MemoryLimitError, OptionError, ProjectorError
 from csp_edge.footprint import Footprint, Layout
@@ -195,3 +195,10 @@ def test_every_figure_is_shown(demo_paths) -> None:
     found = plan(*demo_paths, "1GiB")
     shown = " ".join(found.rows())
     assert len(found.rows()) >= len(fields(Footprint)) and "while pruning" in shown
+
+
+def test_a_context_of_ones_own_is_not_exceeded():
+    with EdgeVLM.demo(memory="1GiB", n_ctx=300, cache=Full(), n_threads=1) as vlm:
+        assert vlm.engine.n_ctx_max == 300
+    with pytest.raises(OptionError, match="n_ctx='many'"):
+        EdgeVLM.demo(memory="1GiB", n_ctx="many", cache=Full())

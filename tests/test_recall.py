@@ -7,6 +7,7 @@ import tiny_models
 from csp_edge import CSP, EdgeVLM
 from csp_edge.engine import Engine
 from csp_edge.errors import CspEdgeError, OptionError
+from csp_edge.native import llama
 from csp_edge.policies import AdaKV, LookM, Pyramid, Resolved, SnapKV
 from test_csp_engine import engine_on, greedy, prefill, tokenize
 
@@ -22,7 +23,7 @@ def probe(engine, text=QUESTION):
 
 def recall(engine, policy, amounts):
     pruning = engine._hook.recall(policy, Resolved(*amounts))
-    engine._set_pruned(pruning)
+    engine._set_pruned(pruning, amounts[0])
     return pruning
 
 
@@ -197,10 +198,96 @@ def test_what_cannot_be_kept(demo_paths, tmp_path):
     engine.observe(0)
     with pytest.raises(CspEdgeError, match="no query was observed"):
         engine._hook.recall(CSP(40), Resolved(40, 8, 4))
-    probe(engine)
-    with pytest.raises(CspEdgeError, match="resize it first"):
-        engine._hook.recall(CSP(40), Resolved(10_000, 8, 4))
+    probe(forgetful)
+    with pytest.raises(CspEdgeError, match="is not kept"):
+        forgetful._hook.recall(CSP(40), Resolved(40, 8, 4))
     assert engine.n_cells == 40
     engine.decode(last(engine))
     engine.close()
     forgetful.close()
+
+
+def test_the_cache_grows_for_what_comes_back(demo_paths):
+    engine = engine_on(demo_paths, recall="f16")
+    prefill(engine, 6)
+    engine.prune(CSP(40))
+    engine._hook.resize(256)
+    probe(engine)
+    n = engine.n_tokens
+    assert recall(engine, CSP(40), (10_000, 8, 4)).n_kept == n > 256
+    # and nothing is evicted, nothing to come back
+    probe(engine)
+    assert recall(engine, CSP(40), (n + 8, 8, n + 8)).n_kept == n
+    engine.decode(last(engine))
+    assert np.isfinite(greedy(engine, 2)).all()
+    engine.close()
+
+
+def test_a_snapshot_without_an_archive(demo_paths):
+    engine = engine_on(demo_paths)
+    prefill(engine)
+    snapshot = engine.snapshot()
+    engine._hook.keep_evicted(1)
+    with pytest.raises(CspEdgeError, match="holds nothing of what was evicted"):
+        engine.restore(snapshot)
+    engine.close()
+
+
+@pytest.mark.parametrize("policy", [AdaKV(0.1), Pyramid(0.1)])
+def test_heads_that_keep_differently_many_keep_to_the_budget(policy, scenes):
+    with EdgeVLM.demo(cache=policy, recall=True, n_threads=1) as vlm:
+        vlm.chat("What is in image 3?", images=scenes, max_tokens=1)
+        cells = []
+        for _ in range(24):
+            vlm.engine.decode(vlm.engine.items[-1])
+            cells.append(vlm.engine.n_cells)
+        # shares of heads vary, their sum does not
+        assert max(cells) < 1.5 * cells[0]
+        vlm.reset()
+        vlm.chat("What is in image 3?", images=scenes)
+        again = vlm.chat([*vlm.messages, {"role": "user", "content": "What is in image 4?"}])
+        assert again.usage.cached_tokens > 64 * len(scenes)
+
+
+def test_an_answer_that_was_cut_off_is_not_read_anew(scenes):
+    with EdgeVLM.demo(cache=CSP(0.2), recall=True, n_threads=1) as vlm:
+        whole = vlm.chat("What is in image 1?", images=scenes).text
+        vlm.reset()
+        stop = whole[len(whole) // 2 :][:6]
+        first = vlm.chat("What is in image 1?", images=scenes, stop=stop)
+        assert first.text == whole[: whole.index(stop)]
+        again = vlm.chat([*vlm.messages, {"role": "user", "content": QUESTION}])
+        assert again.usage.cached_tokens > 64 * len(scenes)
+
+
+def test_recalls_are_the_rarer_the_longer_the_answer(scenes, monkeypatch):
+    with EdgeVLM.demo(cache=CSP(0.2), recall=True, n_threads=1) as vlm:
+        engine, counts = vlm.engine, []
+        vlm.chat("What is in image 1?", images=scenes, max_tokens=1)
+        recall_once, n = engine._hook.recall, engine.n_tokens
+        monkeypatch.setattr(
+            engine._hook, "recall", lambda *a: counts.append(engine.n_tokens - n) or recall_once(*a)
+        )
+        for _ in range(100):
+            engine.decode(last(engine))
+        assert counts[:8] == [1, 2, 3, 4, 5, 6, 7, 9]
+        # every one of the 8 observed queries has its say
+        assert set(np.diff(counts[-5:])) == {8}
+
+
+def test_a_recall_that_fails_leaves_a_conversation_to_go_on(scenes, monkeypatch):
+    with EdgeVLM.demo(cache=CSP(0.2), recall=True, n_threads=1) as vlm:
+        vlm.chat("What is in image 1?", images=scenes, max_tokens=4)
+        question = [*vlm.messages, {"role": "user", "content": QUESTION}]
+        engine = vlm.engine
+
+        def fail(*_):
+            # as where there is no memory to write what comes back
+            llama.llama_memory_clear(engine._memory, False)
+            raise CspEdgeError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._hook, "recall", fail)
+            with pytest.raises(CspEdgeError, match="no memory"):
+                vlm.chat(question)
+        assert vlm.chat(question, max_tokens=4).usage.cached_tokens == 0

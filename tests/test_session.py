@@ -271,6 +271,37 @@ def test_other_settings_may_be_given(saved):
 # what is refused
 
 
+def test_a_memory_limit_is_kept(scenes, tmp_path):
+    path = tmp_path / "talk.csp"
+    with EdgeVLM.demo(memory="1GiB", n_threads=1) as vlm:
+        vlm.chat("What is in image 1?", images=scenes[:2], max_tokens=4)
+        max_cells = vlm.engine.max_cells
+        vlm.save(path)
+    for options in ({}, {"memory": "1GiB"}, {"kv_type": None}):
+        with load(path, **options) as vlm:
+            assert vlm.engine.max_cells == max_cells
+            question = [*vlm.messages, {"role": "user", "content": "What is in image 2?"}]
+            assert vlm.chat(question, max_tokens=4).usage.cached_tokens > 128
+            assert vlm.engine.n_encoded == 0
+    with load(path, max_cells=512) as vlm:
+        assert vlm.engine.max_cells == 512
+    with EdgeVLM.demo(max_cells=512, n_threads=1) as vlm:
+        vlm.save(path)
+    with load(path, memory="1GiB") as vlm:
+        assert vlm.engine.max_cells == max_cells
+
+
+def test_a_larger_budget_than_it_was_pruned_to(scenes, tmp_path):
+    path = tmp_path / "talk.csp"
+    with EdgeVLM.demo(cache=CSP(0.1), recall=True, n_threads=1) as vlm:
+        vlm.chat("What is in image 1?", images=scenes, max_tokens=4)
+        vlm.save(path)
+    with load(path, cache=CSP(0.6)) as vlm:
+        question = [*vlm.messages, {"role": "user", "content": "What is in image 2?"}]
+        answer = vlm.chat(question, max_tokens=8)
+        assert answer.cache.cells_after == int(0.6 * answer.usage.prompt_tokens)
+
+
 def test_another_model_projector_or_kv_type(saved, demo_paths, tmp_path):
     path, _ = saved
     model, mmproj = (Path(shutil.copy(each, tmp_path)) for each in demo_paths)
@@ -314,9 +345,9 @@ def test_a_model_that_has_moved(demo_paths, scenes, tmp_path):
 
 def test_another_version(saved, tmp_path):
     data = bytearray(saved[0].read_bytes())
-    struct.pack_into("<I", data, 8, 2)
+    struct.pack_into("<I", data, 8, 1)
     (tmp_path / "talk.csp").write_bytes(data)
-    with pytest.raises(SessionError, match="a session of version 2, this csp-edge reads 1"):
+    with pytest.raises(SessionError, match="a session of version 1, this csp-edge reads 2"):
         load(tmp_path / "talk.csp")
 
 

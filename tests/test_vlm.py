@@ -208,6 +208,27 @@ def test_letting_go_of_a_stream_lets_others_on(demo, scenes):
     assert answers == ["blue"]
 
 
+def test_a_stream_outlives_the_thread_that_asked(demo, scenes):
+    whole = demo.chat("What is in image 3?", images=scenes).text
+    streams, answers = [], []
+
+    def ask():
+        streams.append(demo.chat("What is in image 3?", images=scenes, stream=True))
+
+    def wait():
+        answers.append(demo.chat("What is in image 1?", images=scenes[:1]).text)
+
+    for target in ask, wait:
+        # of a thread that has ended, the next one mostly gets the ident
+        thread = threading.Thread(target=target, daemon=True)
+        thread.start()
+        thread.join(0.5 if target is wait else None)
+    assert not answers
+    assert "".join(streams.pop()) == whole
+    thread.join()
+    assert answers
+
+
 def test_a_stream_can_be_cancelled_by_another_thread(smollm2):
     pieces = []
     stream = smollm2.chat("Tell me about Paris.", stream=True)

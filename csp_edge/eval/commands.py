@@ -25,6 +25,7 @@ from csp_edge.eval.samples import Sample
 from csp_edge.eval.suite import SKILLS, suite
 from csp_edge.eval.table import Table
 from csp_edge.policies import CSP
+from csp_edge.session import model_sha256
 from csp_edge.terminal import Progress
 from csp_edge.vlm import EdgeVLM
 
@@ -94,6 +95,8 @@ def fidelity(args: argparse.Namespace) -> None:
     texts = {"Python's language reference": along_text.default_text()}
     if args.text:
         texts = {path.name: along_text.read_text(path) for path in args.text}
+        if len(texts) < len(args.text):
+            raise OptionError("--text: two files of the same name: rename one of them")
     sizes = {
         "n_windows": args.windows,
         "n_prompt": args.tokens,
@@ -185,17 +188,9 @@ def _identity(log: str, vlm: EdgeVLM) -> dict[str, Any]:
         "log": log,
         "version": _VERSION,
         "model": info.name or info.path.stem,
-        "model_sha256": _sha256(info.path),
-        "mmproj_sha256": _sha256(info.projector.path) if info.projector else None,
+        "model_sha256": model_sha256(info.path),
+        "mmproj_sha256": model_sha256(info.projector.path) if info.projector else None,
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _collect(

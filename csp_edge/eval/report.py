@@ -12,7 +12,6 @@ from csp_edge.eval.fidelity import Divergence
 from csp_edge.eval.intervals import Array, Estimate, bootstrap, wilson
 from csp_edge.eval.table import Table
 
-FIELDS = ("skill", "group", "dataset", "n_images", "turn")
 Scores: TypeAlias = dict[tuple[str, str], float]
 Found = TypeVar("Found", Answer, Divergence)
 
