@@ -648,7 +648,7 @@ class Engine:
         # it takes the longer, the more there is to choose from, and changes the less, the longer
         # the answer is. Every query has its say
         n_answer = self.n_tokens - self._n_prompt
-        n_wait = max(self.n_tokens // _N_TOKENS_RECALL, min(n_answer // 4, self._window))
+        n_wait = max(self.n_tokens // _N_TOKENS_RECALL, min(n_answer // 8, self._window))
         if self._n_unrecalled < n_wait:
             return
         budget = self.n_cells - self._n_uneven

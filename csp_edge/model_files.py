@@ -28,7 +28,10 @@ def find_model(path: str | os.PathLike[str]) -> ModelFiles:
         ModelError: there is no such file, no model in the folder or more than one, or the file
             is a projector.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError:
+        raise ModelError(f"{path!r}: give a path, a str or PathLike[str]") from None
     try:
         if path.is_dir():
             return _in_folder(path)

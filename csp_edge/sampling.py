@@ -4,6 +4,7 @@ import codecs
 import ctypes
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from csp_edge.errors import ModelError, OptionError
 from csp_edge.native import llama
 
 _PENALTY_LAST_N = 64
+_MAX_COUNT = 2000  # of what llama.cpp's grammars repeat
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -186,6 +188,7 @@ def schema_to_grammar(schema: str | Mapping[str, Any]) -> str:
         text = schema if isinstance(schema, str) else json.dumps(schema)
         if not isinstance(json.loads(text), dict):
             raise OptionError(f"json_schema={schema!r}: give an object")
+        _check_counts(json.loads(text))
         grammar: str = json_schema_to_gbnf(text)
     except OptionError:
         raise
@@ -194,6 +197,22 @@ def schema_to_grammar(schema: str | Mapping[str, Any]) -> str:
     except Exception as error:  # the converter asserts, and raises what comes
         raise OptionError(f"json_schema: {type(error).__name__}: {_one_line(error)}") from None
     return grammar
+
+
+def _check_counts(schema: Any) -> None:
+    """The converter writes out what comes so often, however often that is."""
+    if isinstance(schema, dict):
+        for name in ("minLength", "maxLength", "minItems", "maxItems"):
+            n = schema.get(name)
+            if isinstance(n, int) and n > _MAX_COUNT:
+                raise OptionError(f"json_schema: {name}={n}: give {_MAX_COUNT} at most")
+        pattern = schema.get("pattern")
+        for n in re.findall(r"\d{4,}", pattern) if isinstance(pattern, str) else ():
+            if len(n) > 18 or int(n) > _MAX_COUNT:
+                raise OptionError(f"json_schema: {n} in a pattern: give {_MAX_COUNT} at most")
+    if isinstance(schema, (dict, list)):
+        for value in schema.values() if isinstance(schema, dict) else schema:
+            _check_counts(value)
 
 
 def _chain(vocab: Any, n_vocab: int, sampling: Sampling) -> Any:

@@ -13,6 +13,7 @@ Numbers are little-endian:
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -77,7 +78,7 @@ def save_session(
 
     Args:
         messages: their pictures are csp_edge.images.Picture.
-        settings: of EdgeVLM: n_ctx, max_cells, recall and kv_type.
+        settings: of EdgeVLM: memory, n_ctx, max_cells, recall and kv_type.
 
     Raises:
         SessionError: it can't be written.
@@ -96,7 +97,10 @@ def save_session(
     head = {
         "model": _identity(engine.info.path),
         "mmproj": projector and _identity(projector.path),
-        "settings": dict(settings),
+        "settings": {
+            name: int(value) if isinstance(value, np.integer) else value
+            for name, value in settings.items()
+        },
         "policy": name,
         "policy_settings": asdict(cache) if name else {},
         "messages": [_message(message) for message in messages],
@@ -142,6 +146,8 @@ def save_session(
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `target` at the end, or, after an error, is no more."""
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise OSError(errno.EINVAL, "not a regular file")
     number, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(number, "wb") as file:
@@ -393,6 +399,11 @@ class Session:
         items = [_item(item, engine.tokenizer.n_vocab) for item in head["items"]]
         n_tokens = sum(1 if isinstance(item, int) else item.n_tokens for item in items)
         n_past = sum(1 if isinstance(item, int) else item.n_pos for item in items)
+        n_cells = n_tokens - _integer(head["n_evicted"], n_tokens)
+        if n_cells > engine.n_ctx_max:
+            raise SessionError(
+                f"{self._path}: has {n_cells} cells, more than n_ctx={engine.n_ctx_max}: raise it"
+            )
         return Snapshot(
             engine.read_snapshot(self._fill, self._n_left),
             tuple(items),

@@ -1,5 +1,6 @@
 """Chat with pictures: the package's front door."""
 
+import os
 import threading
 import time
 import weakref
@@ -304,7 +305,7 @@ class EdgeVLM:
             "memory": memory,
             "n_ctx": n_ctx,
             "max_cells": max_cells,
-            "recall": recall,
+            "recall": recall or False,
         }
         if memory is not None:
             if max_cells is not None or recall or rpc:
@@ -331,8 +332,9 @@ class EdgeVLM:
             progress=progress,
             **fitted,
         )
-        self._close = weakref.finalize(self, self.engine.close)
         self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._close = weakref.finalize(self, _close_idle, self.engine, self._lock, self._pid)
         self._owner: threading.Thread | None = None
         self._stream: weakref.ref[ChatStream] | None = None
         self._messages: list[Message] = []
@@ -511,10 +513,11 @@ class EdgeVLM:
 
     def close(self) -> None:
         """Free everything. Closing twice is fine; using it afterwards is an error."""
-        if self._close.alive:
+        if self._close.alive and self._pid == os.getpid():
             self._acquire()
             try:
-                self._close()
+                self._close.detach()
+                self.engine.close()
             finally:
                 self._release()
 
@@ -527,6 +530,11 @@ class EdgeVLM:
         self.close()
 
     def _acquire(self) -> None:
+        if self._pid != os.getpid():
+            # threads don't come along: what waits for them would wait for ever
+            raise CspEdgeError(
+                "this EdgeVLM is of the process that forked this one: make a new one"
+            )
         if self._owner is threading.current_thread():
             stream = self._stream and self._stream()
             if stream:
@@ -615,6 +623,12 @@ class EdgeVLM:
             pruning,
         )
         return _Start(messages, token, prompt, prefill, figures, t2 - t1, t2 - t0)
+
+
+def _close_idle(engine: Engine, lock: threading.Lock, pid: int) -> None:
+    """Free everything, unless a daemon thread is at work on it when Python ends."""
+    if pid == os.getpid() and lock.acquire(blocking=False):
+        engine.close()
 
 
 def _fit(

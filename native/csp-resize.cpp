@@ -171,6 +171,7 @@ void llama_csp::resize_cache(llama_kv_cache & cache, uint32_t n_cells) {
 
 void llama_csp::resize(uint32_t n_cells) {
     ctx.synchronize();
+    update_index();
 
     const auto & cparams = ctx.get_cparams();
 

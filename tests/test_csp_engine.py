@@ -11,7 +11,7 @@ import tiny_models
 from csp_edge.engine import Engine
 from csp_edge.errors import CspEdgeError, PolicyError, PromptError
 from csp_edge.images import Pictures
-from csp_edge.policies import CSP, AdaKV, LookM, Policy, Pyramid, SnapKV
+from csp_edge.policies import CSP, AdaKV, LookM, Policy, Pyramid, Resolved, SnapKV
 from test_csp import pictures, question
 
 
@@ -243,6 +243,25 @@ def test_a_policy_of_ones_own(engine):
         runs.append(([layer.kept for layer in pruning.layers], greedy(engine, 3)))
     np.testing.assert_array_equal(runs[0][0], runs[1][0])
     np.testing.assert_array_equal(runs[0][1], runs[1][1])
+
+
+def test_a_head_that_keeps_no_cell(engine):
+    class Uneven(Policy):
+        def select(self, layer):
+            n = layer.self_.shape[1]
+            recent = [*range(n - layer.recent, n)]
+            return [recent, [*range(10), *recent]]
+
+    prefill(engine)
+    engine.prune(Uneven(20, recent=4))
+    engine.cut(len(engine.items) - 4)
+    engine.observe(8)
+    engine._hook.probe([5] * 8, range(engine.n_past, engine.n_past + 8))
+    pruning = engine._hook.prune(CSP(5, distance=0), Resolved(5, 8, 0))
+    assert [len(kept) for kept in pruning.layers[0].kept] == [0, 5]
+    engine._set_pruned(pruning, 5)
+    engine.decode(5)
+    assert np.isfinite(engine.logits).all()
 
 
 def test_what_a_policy_is_shown(engine):

@@ -844,3 +844,15 @@ def test_help_imports_nothing_heavy():
 def test_a_statistic_that_is_undefined_in_places():
     estimate = bootstrap(report._ratio, [1.0, 0.0, 1.0], [1.0, 0.0, 0.0])
     assert estimate.value == pytest.approx(2.0) and not math.isnan(estimate.high)
+
+
+@pytest.mark.parametrize(
+    "change", [{"score": "x"}, {"score": 5.0}, {"budget": [1]}, {"turn": "1"}, {"n_tokens": 0.5}]
+)
+def test_a_log_with_a_field_of_another_kind(change, tmp_path):
+    answer = Answer("d", "s", "g", "k", 1, 1, "csp", 0.1, "cat", 10, 1.0, "cat", 1, 1.0, 0.1)
+    header = {"log": "answers", "model": "m", "data": "d"}
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(json.dumps(x) for x in (header, asdict(answer) | change)) + "\n")
+    with pytest.raises(OptionError, match="not a log of this version"):
+        read_runs([path])

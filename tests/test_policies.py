@@ -132,3 +132,9 @@ def test_policy_refuses() -> None:
         policy("full", budget=0.2)
     with pytest.raises(PolicyError, match="^budget=0:"):
         policy("csp", budget=0)
+
+
+def test_numbers_beyond_a_float():
+    for options in {"distance": 10**400}, {"n_score": 10**400}, {"sink": 10**400}:
+        with pytest.raises(PolicyError, match="give"):
+            CSP(**options)

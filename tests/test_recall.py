@@ -270,9 +270,9 @@ def test_recalls_are_the_rarer_the_longer_the_answer(scenes, monkeypatch):
         )
         for _ in range(100):
             engine.decode(last(engine))
-        assert counts[:8] == [1, 2, 3, 4, 5, 6, 7, 9]
+        assert counts[:18] == [*range(1, 16), 17, 19, 21]
         # every one of the 8 observed queries has its say
-        assert set(np.diff(counts[-5:])) == {8}
+        assert set(np.diff(counts[-3:])) == {8}
 
 
 def test_a_recall_that_fails_leaves_a_conversation_to_go_on(scenes, monkeypatch):

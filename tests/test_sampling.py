@@ -271,3 +271,22 @@ def test_a_json_schema_becomes_a_grammar(sampler):
 def test_broken_schemas(schema):
     with pytest.raises(OptionError, match="json_schema"):
         schema_to_grammar(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "minLength": 10**9},
+        {"type": "object", "properties": {"a": {"type": "array", "maxItems": 10**9}}},
+        {"type": "string", "pattern": "^a{1000000000}$"},
+    ],
+)
+def test_a_schema_of_endless_repetitions(schema):
+    with pytest.raises(OptionError, match="give 2000 at most"):
+        schema_to_grammar(schema)
+
+
+def test_numbers_beyond_a_float():
+    for options in {"temperature": 10**400}, {"top_p": 10**400}:
+        with pytest.raises(OptionError, match="give"):
+            Sampling(**options)

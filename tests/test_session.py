@@ -254,7 +254,7 @@ def test_too_many_cells_for_a_smaller_n_ctx(scenes, tmp_path):
     with small(cache=Full()) as vlm:
         vlm.chat(STAR, scenes[:4])
         vlm.save(tmp_path / "talk.csp")
-    with pytest.raises(SessionError, match=r"holds 2\d\d cells, which is beyond n_ctx = 256"):
+    with pytest.raises(SessionError, match=r"has 2\d\d cells, more than n_ctx=200: raise it"):
         load(tmp_path / "talk.csp", n_ctx=200)
 
 
@@ -589,6 +589,22 @@ def test_an_interrupted_write_leaves_the_old_file(saved, tmp_path, monkeypatch):
         vlm.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_devices_and_pipes_stay_what_they_are(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with small() as vlm, pytest.raises(SessionError, match="not a regular file"):
+        vlm.save(path)
+    assert path.is_fifo()
+
+
+def test_settings_as_they_come(tmp_path):
+    path = tmp_path / "talk.csp"
+    with small(n_ctx=np.int64(2048), recall=None) as vlm:
+        vlm.save(path)
+    with load(path) as vlm:
+        assert vlm.engine.n_ctx_max == 2048
 
 
 def test_a_link_stays_a_link(saved, tmp_path):

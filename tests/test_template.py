@@ -322,3 +322,13 @@ def test_templates_run_in_any_thread() -> None:
         thread.join()
     assert len(results) == 4
     assert len(set(results)) == 1
+
+
+def test_a_template_that_prints_an_example_of_json():
+    template = ChatTemplate(
+        'Reply as {"text": "..."}. {{ messages[0].content }}',
+        bos_token="",
+        eos_token="",
+        marker="<m>",
+    )
+    assert "hello" in template.render([Message("user", (Text("hello"),))])

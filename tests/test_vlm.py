@@ -3,6 +3,9 @@
 import base64
 import gc
 import io
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -22,7 +25,7 @@ from csp_edge.errors import (
 )
 from csp_edge.eval.suite import COLOR_HELD_OUT
 from csp_edge.images import Pictures
-from csp_edge.policies import POLICIES, Policy, policy
+from csp_edge.policies import POLICIES, AdaKV, Policy, Pyramid, policy
 from small_gguf import MMPROJ, MODEL, copy
 
 FRANCE = "What is the capital of France? Answer in one sentence."
@@ -681,6 +684,53 @@ def test_closing():
     for use in (lambda: vlm.chat("hello"), vlm.reset, lambda: next(stream)):
         with pytest.raises(CspEdgeError, match="closed"):
             use()
+
+
+def test_ending_while_a_daemon_thread_answers():
+    code = """
+import threading, time
+from csp_edge import EdgeVLM, Full
+vlm = EdgeVLM.demo(n_threads=1, cache=Full())
+said = []
+def work():
+    while True:
+        said.extend(vlm.chat("What is in image 1? " * 100, max_tokens=200, stream=True))
+threading.Thread(target=work, daemon=True).start()
+while not said:
+    time.sleep(0.01)
+"""
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_is_told(tmp_path):
+    code = """
+import os
+from csp_edge import CspEdgeError, EdgeVLM
+vlm = EdgeVLM.demo(n_threads=2)
+vlm.chat("Hello", max_tokens=2)
+child = os.fork()
+if not child:
+    try:
+        vlm.chat("Hello", max_tokens=2)
+    except CspEdgeError as error:
+        vlm.close()
+        os._exit(0 if "fork" in str(error) else 2)
+    os._exit(3)
+assert os.waitpid(child, 0)[1] == 0
+assert vlm.chat("Hello", max_tokens=2).usage.prompt_tokens
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("policy", [Pyramid(), Pyramid(0.8), AdaKV(0.5)])
+def test_heads_that_kept_differently_many_are_forgotten(policy, scenes):
+    with EdgeVLM.demo(cache=policy, n_threads=1) as vlm:
+        images = [*scenes, *scenes]
+        first = vlm.chat("What is in image 1?", images=images).text
+        vlm.reset()
+        assert vlm.chat("What is in image 1?", images=images).text == first
 
 
 def test_a_chat_within_a_chat_is_refused(scenes):

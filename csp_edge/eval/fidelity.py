@@ -70,6 +70,8 @@ def read_text(path: Path) -> str:
         OptionError: it can't be read, or is no such text.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OptionError(f"{path}: not a regular file, give a text")
         return path.read_text("utf-8")
     except OSError as error:
         raise OptionError(f"{path}: {error.strerror}") from None

@@ -31,6 +31,7 @@ class Log:
         self.entries: list[Entry] = []  # those that were there
         header = dict(json.loads(json.dumps(header)))
         try:
+            _check_file(path)
             self._file = path.open("ab")
             if _is_unbegun(path):
                 self._file.truncate(0)
@@ -70,10 +71,16 @@ def read_log(path: Path) -> tuple[Entry, list[Entry]]:
         OptionError: the file can't be read, or is no such log.
     """
     try:
+        _check_file(path)
         header, entries, _ = _read(path)
     except OSError as error:
         raise _refused(path, error) from None
     return header, entries
+
+
+def _check_file(path: Path) -> None:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OptionError(f"{path}: not a regular file, give a log")
 
 
 def _is_unbegun(path: Path) -> bool:
@@ -90,7 +97,7 @@ def _read(path: Path) -> tuple[Entry, list[Entry], int]:
     for i, line in enumerate(data.splitlines()):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict) or (i == 0 and "log" not in entry):
             raise OptionError(f"{path}: line {i + 1} is not of a log: give another file")

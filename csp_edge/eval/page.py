@@ -1,11 +1,12 @@
 """A page of results, in Markdown, from the logs of runs."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args, get_type_hints
 
 from csp_edge.errors import OptionError
 from csp_edge.eval import report
@@ -39,9 +40,23 @@ def found_in(path: Path, header: Mapping[str, Any], entries: Iterable[Entry]) ->
     """
     kinds: dict[str, type[Found]] = {"answers": Answer, "fidelity": Divergence}
     try:
-        return [kinds[header["log"]](**entry) for entry in entries]
+        found = [kinds[header["log"]](**entry) for entry in entries]
+        for each in found:
+            _check_types(each)
     except (KeyError, TypeError) as error:
         raise OptionError(f"{path}: not a log of this version ({error}): make it anew") from None
+    return found
+
+
+def _check_types(found: Found) -> None:
+    for name, kind in get_type_hints(type(found)).items():
+        value = getattr(found, name)
+        is_fine = isinstance(value, kind) or (type(value) is int and float in get_args(kind))
+        if isinstance(value, (int, float)):
+            is_fine = is_fine and math.isfinite(value)
+            is_fine = is_fine and (name not in ("score", "top1") or 0 <= value <= 1)
+        if not is_fine:
+            raise TypeError(f"{name}={value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,8 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
         header, entries = read_log(path)
         found = found_in(path, header, entries)
         seed = header.pop("seed", None)
+        if seed is not None and not isinstance(seed, int):
+            raise OptionError(f"{path}: not a log of this version (seed={seed!r}): make it anew")
         title = f"{header.get('model')} on {header.get('data')}"
         run = runs.setdefault(json.dumps(header, sort_keys=True), Run(title, [], []))
         run.seeds.append(seed)

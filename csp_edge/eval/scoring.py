@@ -9,6 +9,8 @@ import string
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+from csp_edge.errors import OptionError
+
 Metric: TypeAlias = Literal["exact", "choice", "needle", "contains", "rouge-l"]
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -61,8 +63,14 @@ def normalize(text: str) -> str:
 
 
 def choice_label(i: int) -> str:
-    """A to Z, then AA to ZZ."""
+    """A to Z, then AA to ZZ.
+
+    Raises:
+        OptionError: there are no more.
+    """
     letters = string.ascii_uppercase
+    if i >= 27 * 26:
+        raise OptionError(f"{i + 1} choices: {27 * 26} can be told apart, leave some out")
     return letters[i] if i < 26 else letters[i // 26 - 1] + letters[i % 26]
 
 
