@@ -18,7 +18,7 @@ from csp_edge import CSP, EdgeVLM, Full, SessionError
 from csp_edge.cli import main
 from csp_edge.errors import CspEdgeError
 from csp_edge.policies import AdaKV, LookM, Policy
-from csp_edge.session import Session
+from csp_edge.session import Session, save_session
 
 STAR = "What color is the star in image 2?"
 SQUARE = {"role": "user", "content": "What color is the square in image 3?"}
@@ -638,8 +638,8 @@ def kill_savers(folder):
         for _ in range(20):
             child = os.fork()
             while not child:
-                two.save(path)
-                one.save(path)
+                for vlm in two, one:
+                    save_session(path, vlm.engine, vlm._messages, vlm.cache, vlm._settings)
             time.sleep(random.uniform(0.005, 0.05))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
