@@ -14,6 +14,7 @@ MAX_BYTES = 2**18
 MAX_DEPTH = 100
 MAX_PATHS = 10**6
 MAX_REPETITIONS = 2000
+MAX_OPTIONAL = 300  # next to each other: what comes after any of them is kept, for each of them
 
 _ESCAPE = r'\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[trn\\"\[\]-])'
 _LITERAL = re.compile(rf'"(?:[^"\\]|{_ESCAPE})*"')
@@ -122,6 +123,11 @@ class _Parser:
             else:
                 break
             self._skip(space)
+        if sum(item.may_be_empty for item in items) > MAX_OPTIONAL:
+            raise OptionError(
+                f"grammar: more than {MAX_OPTIONAL} parts of one sequence may be left out: "
+                "bring some together in a repetition"
+            )
         return items
 
     def _terminal(self, char: str) -> str:

@@ -372,7 +372,10 @@ class Session:
             except (SessionError, MemoryLimitError):
                 raise
             except CspEdgeError as error:
-                raise SessionError(f"{self._path}: {error}") from None
+                recall = self._head["settings"]["recall"]
+                saved = f"saved with recall={recall!r}, which can't be changed: "
+                why = saved if "evicted" in str(error) else ""
+                raise SessionError(f"{self._path}: {why}{error}") from None
         return messages
 
     def _messages(self) -> list[Message]:

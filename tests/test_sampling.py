@@ -290,3 +290,9 @@ def test_numbers_beyond_a_float():
     for options in {"temperature": 10**400}, {"top_p": 10**400}:
         with pytest.raises(OptionError, match="give"):
             Sampling(**options)
+
+
+def test_a_grammar_of_endless_choices():
+    with pytest.raises(OptionError, match="more than 300 parts"):
+        gbnf.check("root ::= " + '"a"? ' * 301)
+    gbnf.check("root ::= " + '"a"? ' * 300)
