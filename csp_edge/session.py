@@ -308,6 +308,8 @@ class Session:
             for name, value in settings.items():
                 if type(value) not in _SETTINGS[name]:
                     raise TypeError(f"{name}={value!r}")
+            if isinstance(given.get("cache"), Full):
+                settings["max_cells"] = None
             # a bound of another kind takes the place of the saved one
             if given.get("memory") is not None:
                 settings |= {"max_cells": None, "n_ctx": None, "recall": False}

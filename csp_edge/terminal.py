@@ -25,7 +25,8 @@ class Progress:
     """A bar on stderr, where that is a terminal. What EdgeVLM's `progress` wants.
 
     Within it, as a context manager, Ctrl-C waits for the next step, where the engine can stop:
-    it sets `stopped`, and the step raises KeyboardInterrupt.
+    it sets `stopped`, and the step, if need be the first one of the next time, raises
+    KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Progress:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self.stopped:
+            self.stopped = False
             raise KeyboardInterrupt
         if done == total:
             self._clear()
@@ -46,7 +48,6 @@ class Progress:
             self._is_drawn = True
 
     def __enter__(self) -> "Progress":
-        self.stopped = False
         self._outer = signal.signal(signal.SIGINT, self._stop)
         return self
 
@@ -92,5 +93,6 @@ def answer(
             write(piece)
             if progress.stopped:
                 break
+    progress.stopped = False
     assert stream.result is not None
     return stream.result

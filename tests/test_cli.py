@@ -467,3 +467,16 @@ def test_ctrl_c_stops_the_answer_alone(smollm2_path: Path) -> None:
     finally:
         terminal.process.kill()
         terminal.process.wait()
+
+
+def test_ctrl_c_between_two_steps_is_not_lost():
+    from csp_edge.terminal import Progress
+
+    progress = Progress()
+    with progress:
+        progress("load", 1, 1)
+        os.kill(os.getpid(), signal.SIGINT)
+    with progress, pytest.raises(KeyboardInterrupt):
+        progress("prefill", 0, 2)
+    with progress:
+        progress("prefill", 0, 2)

@@ -668,3 +668,11 @@ def test_chat_goes_on_from_a_file(scenes, tmp_path, capsys):
         assert len(vlm.messages) == 4
     assert main(["chat", "--session", path, "--kv-type", "q8_0", "a"]) == 1
     assert "saved with kv_type='f16', not 'q8_0'" in capsys.readouterr().err
+
+
+def test_nothing_bounded_where_nothing_is_pruned(tmp_path):
+    path = tmp_path / "talk.csp"
+    with small(max_cells=512) as vlm:
+        vlm.save(path)
+    with load(path, cache=Full()) as vlm:
+        assert vlm.engine.max_cells is None

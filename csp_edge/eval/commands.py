@@ -84,8 +84,11 @@ def _samples(args: argparse.Namespace) -> tuple[str, list[Sample]]:
         vendor=args.vendor,
         seed=args.seed,
     )
+    found = list(samples)
+    if not found:
+        raise OptionError("nothing to ask: some skills need 2 images or more")
     by = f" drawn by {args.vendor}" if args.vendor else ""
-    return f"the built-in suite{by}", list(samples)
+    return f"the built-in suite{by}", found
 
 
 def fidelity(args: argparse.Namespace) -> None:
