@@ -541,7 +541,8 @@ class Engine:
         lost = self.items[n_kept : self._n_pruned]
         n_lost = sum(1 if isinstance(item, int) else item.n_tokens for item in lost)
         # a recall while the answer was written takes the answer's tokens for pruned ones
-        if n_lost > (self._n_recent if self._recall_type else 0):
+        n_most = self._n_recent if self._recall_type else 0
+        if n_lost > n_most or len(self.items) < self._n_pruned:
             self._empty()
             return 0
         self._n_pruned -= len(lost)

@@ -415,7 +415,7 @@ def test_settings_are_of_the_whole_prompt(policy, scenes):
         answer = vlm.chat("What is in image 3?", images=images, max_tokens=8)
         assert answer.usage.prompt_tokens > 512
         assert vlm.engine.n_cells <= 256
-    with EdgeVLM.demo(cache=policy, memory="1GiB", n_threads=1) as vlm:
+    with EdgeVLM.demo(cache=policy, memory="16GiB", n_threads=1) as vlm:
         assert vlm.chat("What is in image 3?", images=images, max_tokens=8).text
 
 

@@ -198,7 +198,7 @@ def test_every_figure_is_shown(demo_paths) -> None:
 
 
 def test_a_context_of_ones_own_is_not_exceeded():
-    with EdgeVLM.demo(memory="1GiB", n_ctx=300, cache=Full(), n_threads=1) as vlm:
+    with EdgeVLM.demo(memory="16GiB", n_ctx=300, cache=Full(), n_threads=1) as vlm:
         assert vlm.engine.n_ctx_max == 300
     with pytest.raises(OptionError, match="n_ctx='many'"):
-        EdgeVLM.demo(memory="1GiB", n_ctx="many", cache=Full())
+        EdgeVLM.demo(memory="16GiB", n_ctx="many", cache=Full())

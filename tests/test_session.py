@@ -273,11 +273,11 @@ def test_other_settings_may_be_given(saved):
 
 def test_a_memory_limit_is_kept(scenes, tmp_path):
     path = tmp_path / "talk.csp"
-    with EdgeVLM.demo(memory="1GiB", n_threads=1) as vlm:
+    with EdgeVLM.demo(memory="16GiB", n_threads=1) as vlm:
         vlm.chat("What is in image 1?", images=scenes[:2], max_tokens=4)
         max_cells = vlm.engine.max_cells
         vlm.save(path)
-    for options in ({}, {"memory": "1GiB"}, {"kv_type": None}):
+    for options in ({}, {"memory": "16GiB"}, {"kv_type": None}):
         with load(path, **options) as vlm:
             assert vlm.engine.max_cells == max_cells
             question = [*vlm.messages, {"role": "user", "content": "What is in image 2?"}]
@@ -287,7 +287,7 @@ def test_a_memory_limit_is_kept(scenes, tmp_path):
         assert vlm.engine.max_cells == 512
     with EdgeVLM.demo(max_cells=512, n_threads=1) as vlm:
         vlm.save(path)
-    with load(path, memory="1GiB") as vlm:
+    with load(path, memory="16GiB") as vlm:
         assert vlm.engine.max_cells == max_cells
 
 
