@@ -37,6 +37,7 @@ from csp_edge.eval.page import page, read_runs
 from csp_edge.eval.plot import plot
 from csp_edge.eval.run import Cell, cells, keys, sweep
 from csp_edge.eval.samples import Sample, Turn
+from csp_edge.eval.suite import suite
 from csp_edge.policies import H2O, Random, SnapKV
 from csp_edge.template import normalize_messages
 
@@ -771,7 +772,10 @@ def test_example(example, capsys, folder, monkeypatch):
     if "report" in argv:
         (folder / "old.jsonl").rename(folder / "csp.jsonl")
     # as quick as can be, and all the same this command line
-    monkeypatch.setattr("csp_edge.eval.commands.suite", lambda *_, **__: iter(()))
+    monkeypatch.setattr(
+        "csp_edge.eval.commands.suite",
+        lambda *_, **__: suite(["attribute"], n_samples=1, n_images=[1]),
+    )
     monkeypatch.setattr("csp_edge.eval.run.sweep", lambda *_, **__: iter(()))
     monkeypatch.setattr("csp_edge.eval.fidelity.diverge", lambda *_, **__: iter(()))
     assert main(argv) == 0
@@ -856,3 +860,8 @@ def test_a_log_with_a_field_of_another_kind(change, tmp_path):
     path.write_text("\n".join(json.dumps(x) for x in (header, asdict(answer) | change)) + "\n")
     with pytest.raises(OptionError, match="not a log of this version"):
         read_runs([path])
+
+
+def test_skills_that_no_number_of_images_asks(capsys):
+    assert main(["eval", "--skills", "compare", "--images", "1", "--samples", "1"]) == 1
+    assert "nothing to ask: some skills need 2 images" in capsys.readouterr().err
