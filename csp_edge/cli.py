@@ -80,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # an answer may hold characters that the terminal's encoding doesn't
         sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is None:
+        # closed: print() would take stdout for it, which is for answers
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         args = _parser().parse_args(argv)
         args.run(args)

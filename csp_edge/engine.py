@@ -31,7 +31,7 @@ from csp_edge.model_info import KV_TYPES, describe
 from csp_edge.native import llama, mtmd
 from csp_edge.policies import Policy, Resolved
 from csp_edge.rpc import Servers
-from csp_edge.tokenizer import Item, Patches, Prompt, Tokenizer
+from csp_edge.tokenizer import Item, Patches, Prompt, Tokenizer, count_tokens
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -417,6 +417,12 @@ class Engine:
 
         Of a pruned part no more than the recent cells can be cut off.
         """
+        lost = self.items[n_items : self._n_pruned]
+        if count_tokens(lost) > self._n_recent:
+            self._empty()
+            return False
+        self._n_pruned -= len(lost)
+        self._n_recent -= count_tokens(lost)
         for item in self.items[n_items:]:
             self.n_tokens -= 1 if isinstance(item, int) else item.n_tokens
             self.n_past -= 1 if isinstance(item, int) else item.n_pos
@@ -538,15 +544,10 @@ class Engine:
             ),
             min(len(self.items), last),
         )
-        lost = self.items[n_kept : self._n_pruned]
-        n_lost = sum(1 if isinstance(item, int) else item.n_tokens for item in lost)
         # a recall while the answer was written takes the answer's tokens for pruned ones
-        n_most = self._n_recent if self._recall_type else 0
-        if n_lost > n_most or len(self.items) < self._n_pruned:
+        if n_kept < self._n_pruned and not self._recall_type:
             self._empty()
             return 0
-        self._n_pruned -= len(lost)
-        self._n_recent -= n_lost
         if n_kept < len(self.items) and not self.cut(n_kept):
             return 0
         return n_kept

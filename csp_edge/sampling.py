@@ -5,7 +5,6 @@ import ctypes
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,9 @@ import numpy.typing as npt
 from csp_edge import gbnf, native
 from csp_edge.errors import ModelError, OptionError
 from csp_edge.native import llama
+from csp_edge.policies.base import is_number
 
 _PENALTY_LAST_N = 64
-_MAX_COUNT = 2000  # of what llama.cpp's grammars repeat
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -186,9 +185,10 @@ def schema_to_grammar(schema: str | Mapping[str, Any]) -> str:
 
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema)
-        if not isinstance(json.loads(text), dict):
+        parsed = json.loads(text)
+        if not isinstance(parsed, dict):
             raise OptionError(f"json_schema={schema!r}: give an object")
-        _check_counts(json.loads(text))
+        _check_counts(parsed)
         grammar: str = json_schema_to_gbnf(text)
     except OptionError:
         raise
@@ -201,18 +201,23 @@ def schema_to_grammar(schema: str | Mapping[str, Any]) -> str:
 
 def _check_counts(schema: Any) -> None:
     """The converter writes out what comes so often, however often that is."""
-    if isinstance(schema, dict):
-        for name in ("minLength", "maxLength", "minItems", "maxItems"):
-            n = schema.get(name)
-            if isinstance(n, int) and n > _MAX_COUNT:
-                raise OptionError(f"json_schema: {name}={n}: give {_MAX_COUNT} at most")
-        pattern = schema.get("pattern")
-        for n in re.findall(r"\d{4,}", pattern) if isinstance(pattern, str) else ():
-            if len(n) > 18 or int(n) > _MAX_COUNT:
-                raise OptionError(f"json_schema: {n} in a pattern: give {_MAX_COUNT} at most")
-    if isinstance(schema, (dict, list)):
-        for value in schema.values() if isinstance(schema, dict) else schema:
+    if isinstance(schema, list):
+        for value in schema:
             _check_counts(value)
+    if not isinstance(schema, dict):
+        return
+    for name, value in schema.items():
+        counts = []
+        if name in ("minLength", "maxLength", "minItems", "maxItems"):
+            counts = re.findall(r"\d+", str(value)) if isinstance(value, int) else []
+        elif name == "pattern" and isinstance(value, str):
+            counts = [n for pair in re.findall(r"\{(\d*),?(\d*)\}", value) for n in pair if n]
+        for n in counts:
+            if len(n) > 9 or int(n) > gbnf.MAX_REPETITIONS:
+                raise OptionError(
+                    f"json_schema: {name}={value!r}: repeat {gbnf.MAX_REPETITIONS} times at most"
+                )
+        _check_counts(value)
 
 
 def _chain(vocab: Any, n_vocab: int, sampling: Sampling) -> Any:
@@ -279,8 +284,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _check(name: str, value: Any, is_fine: Callable[[float], bool], kind: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and abs(value) <= sys.float_info.max and is_fine(value)):
+    if not (is_number(value) and is_fine(value)):
         raise OptionError(f"{name}={value!r}: give {kind}")
 
 

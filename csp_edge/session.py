@@ -36,7 +36,7 @@ from csp_edge.images import Picture, remembered
 from csp_edge.model_files import find_model
 from csp_edge.policies import POLICIES, Full, Policy, policy
 from csp_edge.template import Message, Text, normalize_messages
-from csp_edge.tokenizer import Item, Patches
+from csp_edge.tokenizer import Item, Patches, count_tokens
 
 MAGIC = b"CSPEDGE\n"
 VERSION = 2
@@ -402,7 +402,7 @@ class Session:
     def _snapshot(self, engine: Engine, cache: Policy | Full) -> Snapshot:
         head = self._head
         items = [_item(item, engine.tokenizer.n_vocab) for item in head["items"]]
-        n_tokens = sum(1 if isinstance(item, int) else item.n_tokens for item in items)
+        n_tokens = count_tokens(items)
         n_past = sum(1 if isinstance(item, int) else item.n_pos for item in items)
         n_cells = n_tokens - _integer(head["n_evicted"], n_tokens)
         if n_cells > engine.n_ctx_max:

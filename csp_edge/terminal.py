@@ -31,7 +31,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.stopped = False
-        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._is_terminal = sys.stderr.isatty()
         self._is_drawn = False
 
     def __call__(self, stage: str, done: int, total: int) -> None:

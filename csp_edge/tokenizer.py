@@ -34,6 +34,11 @@ class Patches:
 Item: TypeAlias = int | Patches  # a token of text, or what came from a picture
 
 
+def count_tokens(items: Sequence[Item]) -> int:
+    """Tokens of text, and those that stand for pictures."""
+    return sum(1 if isinstance(item, int) else item.n_tokens for item in items)
+
+
 class _Tile:
     """Where mtmd's chunk of some patches comes from, and that chunk without its pixels.
 
@@ -64,7 +69,7 @@ class Prompt:
         self, items: list[Item], tiles: Sequence[_Tile] = (), tokenizer: "Tokenizer | None" = None
     ) -> None:
         self.items = items
-        self.n_tokens = sum(1 if isinstance(item, int) else item.n_tokens for item in items)
+        self.n_tokens = count_tokens(items)
         self.n_pos = sum(1 if isinstance(item, int) else item.n_pos for item in items)
         self.has_pictures = any(isinstance(item, Patches) for item in items)
         places = (i for i, item in enumerate(items) if isinstance(item, Patches))

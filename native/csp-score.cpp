@@ -126,7 +126,7 @@ void csp_attn_graph::set_inputs() {
     std::vector<float> data(ggml_nelements(mask), -INFINITY);
 
     for (int64_t h = 0; h < mask->ne[2]; ++h) {
-        const uint32_t n_chosen = mask->ne[2] > 1 ? l.index.n_chosen[h/(l.n_head/l.n_head_kv)] : cells.n_chosen;
+        const uint32_t n_chosen = csp.index.is_ragged ? l.index.n_chosen[h/(l.n_head/l.n_head_kv)] : cells.n_chosen;
 
         for (uint32_t i = 0; i < n_q; ++i) {
             const auto row = rows_data[i];

@@ -22,6 +22,7 @@ import pytest
 from csp_edge import cli, demo
 from csp_edge.cli import main
 from csp_edge.model_info import describe
+from csp_edge.terminal import Progress
 
 COMMAND = [sys.executable, "-m", "csp_edge"]
 COLOR = "What color is the cross in image 1?"  # of photo.png: green
@@ -469,9 +470,19 @@ def test_ctrl_c_stops_the_answer_alone(smollm2_path: Path) -> None:
         terminal.process.wait()
 
 
-def test_ctrl_c_between_two_steps_is_not_lost():
-    from csp_edge.terminal import Progress
+@pytest.mark.parametrize(("picture", "status", "out"), [("nothing.png", 1, ""), (None, 0, "blue\n")])
+def test_a_closed_stderr_tells_nothing(picture, status, out, scenes):
+    question = ["-i", picture or scenes[0], "-i", scenes[1], "What color is the star in image 2?"]
+    done = subprocess.run(
+        [*COMMAND, "chat", "--threads", "1", *question],
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: os.close(2),
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (status, out)
 
+
+def test_ctrl_c_between_two_steps_is_not_lost():
     progress = Progress()
     with progress:
         progress("load", 1, 1)

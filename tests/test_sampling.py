@@ -282,8 +282,12 @@ def test_broken_schemas(schema):
     ],
 )
 def test_a_schema_of_endless_repetitions(schema):
-    with pytest.raises(OptionError, match="give 2000 at most"):
+    with pytest.raises(OptionError, match="repeat 2000 times at most"):
         schema_to_grammar(schema)
+
+
+def test_numbers_in_a_pattern_that_repeat_nothing():
+    assert "2024" in schema_to_grammar({"type": "string", "pattern": "^2024-[0-9]{4}-9999$"})
 
 
 def test_numbers_beyond_a_float():

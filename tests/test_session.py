@@ -618,7 +618,7 @@ def test_a_link_stays_a_link(saved, tmp_path):
 def test_killed_at_any_moment_the_old_file_or_the_new_one_is_there(tmp_path):
     n_whole, n_left = map(int, in_a_process("kill_savers", tmp_path).split())
     assert n_whole == 20
-    assert n_left  # files that were being written
+    assert n_left > 5  # files that were being written
 
 
 def kill_savers(folder):

@@ -40,16 +40,18 @@ def found_in(path: Path, header: Mapping[str, Any], entries: Iterable[Entry]) ->
     """
     kinds: dict[str, type[Found]] = {"answers": Answer, "fidelity": Divergence}
     try:
-        found = [kinds[header["log"]](**entry) for entry in entries]
+        kind = kinds[header["log"]]
+        found = [kind(**entry) for entry in entries]
+        types = get_type_hints(kind)
         for each in found:
-            _check_types(each)
+            _check_types(each, types)
     except (KeyError, TypeError) as error:
         raise OptionError(f"{path}: not a log of this version ({error}): make it anew") from None
     return found
 
 
-def _check_types(found: Found) -> None:
-    for name, kind in get_type_hints(type(found)).items():
+def _check_types(found: Found, types: Mapping[str, Any]) -> None:
+    for name, kind in types.items():
         value = getattr(found, name)
         is_fine = isinstance(value, kind) or (type(value) is int and float in get_args(kind))
         if isinstance(value, (int, float)):

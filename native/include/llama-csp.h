@@ -163,7 +163,7 @@ extern "C" {
 
     // choose anew among all cells that the sequence ever had, evicted ones included, by the observed queries: those of
     // a new question, from llama_csp_probe()
-    // returns false and changes nothing if the cache, see llama_csp_resize(), has no room for them, else as llama_csp_prune()
+    // a cache that has no room for them grows. returns false and changes nothing if it can't, else as llama_csp_prune()
     LLAMA_API bool llama_csp_recall(struct llama_csp * csp, struct llama_csp_params params);
 
     // the cache as it is, with the observed queries and all that is known of its pruned part
