@@ -470,7 +470,9 @@ def test_ctrl_c_stops_the_answer_alone(smollm2_path: Path) -> None:
         terminal.process.wait()
 
 
-@pytest.mark.parametrize(("picture", "status", "out"), [("nothing.png", 1, ""), (None, 0, "blue\n")])
+@pytest.mark.parametrize(
+    ("picture", "status", "out"), [("nothing.png", 1, ""), (None, 0, "blue\n")]
+)
 def test_a_closed_stderr_tells_nothing(picture, status, out, scenes):
     question = ["-i", picture or scenes[0], "-i", scenes[1], "What color is the star in image 2?"]
     done = subprocess.run(
