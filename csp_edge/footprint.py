@@ -23,8 +23,8 @@ from csp_edge.policies import Full, Policy
 _F32 = 4
 _N_MODALITY = 2
 # native/csp-score.cpp: elements of a block of attention, and its queries
-_SCORE_BLOCK = 2**22
-_SCORE_QUERIES = 64
+_SCORE_BLOCK = 2**20
+_SCORE_QUERIES_MIN, _SCORE_QUERIES_MAX = 8, 64
 # of the engine's pictures that are kept encoded
 _EMBEDDING_CACHE_BYTES = 64 * 2**20
 # what only shows at work: stacks and buffers of threads, the allocator's gaps, a template's code
@@ -262,8 +262,8 @@ class Layout:
         policy, info = self._policy, self.info
         if not isinstance(policy, Policy):
             return 0
-        n_block = min(max(_SCORE_BLOCK // (n_cells * info.n_head), 1), _SCORE_QUERIES)
-        n_queries = min(self._window(n_cells), n_block)
+        n_block = max(_SCORE_BLOCK // (n_cells * info.n_head), _SCORE_QUERIES_MIN)
+        n_queries = min(self._window(n_cells), n_block, _SCORE_QUERIES_MAX)
         attention = n_cells * n_queries * info.n_head * _F32
         keys = n_cells * info.n_head_kv * info.head_dim_k * _F32
         mask = n_cells * n_queries * _F32

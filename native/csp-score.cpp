@@ -13,11 +13,11 @@ static uint32_t csp_n_pad(uint32_t n_cells) {
     return GGML_PAD(n_cells, 16);
 }
 
-// queries per graph: bounds the memory of the attention matrix
+// queries per graph: few enough for their attention to stay near the processor, and enough to be worth gathering the keys
 static uint32_t csp_n_block(const llama_csp::layer & l, uint32_t n_cells) {
-    constexpr size_t n_max = 1 << 22; // elements
+    constexpr size_t n_max = 1 << 20; // elements
 
-    return std::clamp<size_t>(n_max/(size_t(n_cells)*l.n_head), 1, 64);
+    return std::clamp<size_t>(n_max/(size_t(n_cells)*l.n_head), 8, 64);
 }
 
 static constexpr uint32_t N_MODALITY = 2;

@@ -35,25 +35,39 @@ std::vector<uint32_t> csp_candidates(const llama_csp_view & view) {
     return res;
 }
 
-// a NaN would break the strict weak ordering that nth_element needs
-static double csp_order(double x) {
-    return std::isnan(x) ? -HUGE_VAL : x;
-}
-
 std::vector<uint32_t> csp_draw(std::vector<uint32_t> & cand, uint32_t n, const std::vector<double> & score) {
-    const auto better = [&score](uint32_t a, uint32_t b) {
-        const double sa = csp_order(score[a]);
-        const double sb = csp_order(score[b]);
+    struct entry {
+        double   score;
+        uint32_t i;
 
-        return sa > sb || (sa == sb && a < b);
+        bool operator<(const entry & other) const {
+            return score > other.score || (score == other.score && i < other.i);
+        }
     };
 
-    if (n > 0 && n < cand.size()) {
-        std::nth_element(cand.begin(), cand.begin() + n, cand.end(), better);
+    std::vector<uint32_t> res;
+
+    if (n == 0) {
+        return res;
     }
 
-    std::vector<uint32_t> res(cand.begin(), cand.begin() + n);
-    cand.erase(cand.begin(), cand.begin() + n);
+    std::vector<entry> entries;
+    entries.reserve(cand.size());
+
+    // a NaN would break the strict weak ordering that nth_element needs
+    for (const auto i : cand) {
+        entries.push_back({ std::isnan(score[i]) ? -HUGE_VAL : score[i], i });
+    }
+
+    if (n < entries.size()) {
+        std::nth_element(entries.begin(), entries.begin() + n, entries.end());
+    }
+
+    cand.clear();
+
+    for (size_t i = 0; i < entries.size(); ++i) {
+        (i < n ? res : cand).push_back(entries[i].i);
+    }
 
     return res;
 }
