@@ -181,20 +181,21 @@ void llama_csp::recall(const llama_csp_params & params) {
             csp_set_rows(layers[il].k, layers[il].archive_k, cur.choices[il], cur.n_kept, cur.n_true, layers[il].n_embd_head_k);
             csp_set_rows(layers[il].v, layers[il].archive_v, cur.choices[il], cur.n_kept, cur.n_true, layers[il].n_embd_head_v);
         }
+
+        for (const auto i : cells.idxs) {
+            kv.v_cells[0].rm(i);
+        }
+
+        for (auto & l : layers) {
+            l.index.mass.clear();
+        }
+
+        set_index(cur, params);
     } catch (...) {
         forget();
 
         throw;
     }
 
-    for (const auto i : cells.idxs) {
-        kv.v_cells[0].rm(i);
-    }
-
-    for (auto & l : layers) {
-        l.index.mass.clear();
-    }
-
-    set_index(cur, params);
     set_stats(cur, ggml_time_us() - t_start_us);
 }

@@ -267,7 +267,7 @@ static void csp_check_index(const llama_csp::seq_index & index, const llama_kv_c
 }
 
 static llama_csp_snapshot::cache csp_read_cache(csp_reader & in, uint32_t n_ctx) {
-    llama_csp_snapshot::cache res;
+    llama_csp_snapshot::cache res = {};
 
     const auto size = in.value<uint32_t>();
 
@@ -372,6 +372,9 @@ llama_csp_snapshot * llama_csp::read_snapshot(llama_csp_read read, void * user_d
 
     for (const auto * cache : caches()) {
         auto & cur = res->caches.emplace_back(csp_read_cache(in, n_ctx));
+
+        cur.type_k = cache->type_k();
+        cur.type_v = cache->type_v();
 
         for (const auto & l : cache->layers) {
             for (const auto * t : { l.k, l.v }) {

@@ -34,7 +34,7 @@ llama_csp_snapshot * llama_csp::take_snapshot() {
     auto res = std::make_unique<llama_csp_snapshot>();
 
     for (const auto * cache : caches()) {
-        llama_csp_snapshot::cache cur = { cache->v_cells[0], cache->v_heads[0], {} };
+        llama_csp_snapshot::cache cur = { cache->v_cells[0], cache->v_heads[0], cache->type_k(), cache->type_v(), {} };
 
         for (const auto & l : cache->layers) {
             cur.rows.push_back(csp_get_rows(l.k, cur.cells.used_max_p1()));
@@ -77,7 +77,8 @@ void llama_csp::restore(const llama_csp_snapshot & snapshot) {
         for (size_t il = 0; fits && il < all[i]->layers.size(); ++il) {
             const auto & l = all[i]->layers[il];
 
-            fits = cur.rows[2*il].size() == cur.cells.used_max_p1()*l.k->nb[1] && cur.rows[2*il + 1].size() == cur.cells.used_max_p1()*l.v->nb[1];
+            // rows of another type can be as long
+            fits = cur.type_k == l.k->type && cur.type_v == l.v->type && cur.rows[2*il].size() == cur.cells.used_max_p1()*l.k->nb[1] && cur.rows[2*il + 1].size() == cur.cells.used_max_p1()*l.v->nb[1];
         }
 
         if (!fits) {

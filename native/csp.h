@@ -413,6 +413,9 @@ struct llama_csp_snapshot {
         llama_kv_cells cells;
         uint32_t       head;
 
+        ggml_type type_k;
+        ggml_type type_v;
+
         std::vector<std::vector<uint8_t>> rows; // of the cells in use, K and V of every layer
     };
 

@@ -475,22 +475,23 @@ void llama_csp::prune(const llama_csp_params & params) {
         }
 
         archive(cur.cells, cur.n_true);
-
-        try {
-            for (size_t il = 0; il < layers.size(); ++il) {
-                if (!is_archiving) {
-                    merge(layers[il], cur.cells, cur.choices[il]);
-                }
-                compact(layers[il], cur.cells, cur.choices[il], cur.n_kept, cur.n_true);
-            }
-        } catch (...) {
-            forget();
-
-            throw;
-        }
     }
 
-    set_index(cur, params);
+    try {
+        for (size_t il = 0; cur.is_evicting && il < layers.size(); ++il) {
+            if (!is_archiving) {
+                merge(layers[il], cur.cells, cur.choices[il]);
+            }
+            compact(layers[il], cur.cells, cur.choices[il], cur.n_kept, cur.n_true);
+        }
+
+        set_index(cur, params);
+    } catch (...) {
+        forget();
+
+        throw;
+    }
+
     set_stats(cur, ggml_time_us() - t_start_us);
 }
 

@@ -152,6 +152,16 @@ def test_a_snapshot_needs_a_cache_of_its_size(demo_paths, engine):
     engine.restore(snapshot)
 
 
+def test_a_snapshot_needs_a_cache_of_its_type(demo_paths, engine):
+    prefill(engine)
+    # as many bytes in a row
+    other = Engine(*demo_paths, n_threads=1, kv_type="bf16", prune=True)
+    with pytest.raises(CspEdgeError, match="another kind of context"):
+        other.restore(engine.snapshot())
+    prefill(other)  # goes on
+    other.close()
+
+
 def test_an_empty_cache_is_restored(engine):
     snapshot = engine.snapshot()
     prefill(engine)
