@@ -1,4 +1,4 @@
-"""A model's weights in another type, for figures beside those of its own.
+"""A model's weights in Q4_0, for figures beside those of its own.
 
     python bench/requantize.py model.gguf model-q4_0.gguf
 
@@ -19,6 +19,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
+    if args.out.exists():  # it may be the model, which is read while this is written
+        raise SystemExit(f"{args.out}: exists already: give another name")
     params = llama.llama_model_quantize_default_params()
     params.ftype = llama.LLAMA_FTYPE_MOSTLY_Q4_0
     params.allow_requantize = True

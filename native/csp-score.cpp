@@ -13,7 +13,8 @@ static uint32_t csp_n_pad(uint32_t n_cells) {
     return GGML_PAD(n_cells, 16);
 }
 
-// queries per graph: few enough for their attention to stay near the processor, and enough to be worth gathering the keys
+// queries per graph: few enough for their attention to stay near the processor, and enough to be worth
+// gathering the keys
 static uint32_t csp_n_block(const llama_csp::layer & l, uint32_t n_cells) {
     constexpr size_t n_max = 1 << 20; // elements
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType, GGUFReader
 from PIL import Image
 
 from csp_edge import CSP, CspEdgeError
@@ -414,3 +416,17 @@ def test_policy_is_csp():
     assert policy(9, 10) == CSP(9)
     with pytest.raises(OptionError, match="budget 10: keeps all of a prompt of 10 tokens"):
         policy(10, 10)
+
+
+def test_a_model_in_another_type(demo_paths, tmp_path):
+    script = Path(__file__).parents[1] / "bench/requantize.py"
+    out = tmp_path / "q4_0.gguf"
+    command = [sys.executable, str(script), str(demo_paths[0]), str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    types = {tensor.name: tensor.tensor_type for tensor in GGUFReader(out).tensors}
+    assert types["blk.0.ffn_up.weight"] == GGMLQuantizationType.Q4_0
+    with closing(Engine(out, n_threads=1)) as engine:
+        assert engine.n_embd
+    # nor over what is there, which may be the model
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and f"{out}: exists already" in again.stderr

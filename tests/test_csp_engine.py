@@ -152,14 +152,19 @@ def test_a_snapshot_needs_a_cache_of_its_size(demo_paths, engine):
     engine.restore(snapshot)
 
 
-def test_a_snapshot_needs_a_cache_of_its_type(demo_paths, engine):
+# a row of bf16 is as long as one of f16
+@pytest.mark.parametrize(("name", "value"), [("kv_type", "bf16"), ("n_ctx_max", 256)])
+def test_a_snapshot_needs_a_context_of_its_kind(demo_paths, name, value):
+    engine = engine_on(demo_paths)
     prefill(engine)
-    # as many bytes in a row
-    other = Engine(*demo_paths, n_threads=1, kv_type="bf16", prune=True)
+    snapshot = engine.snapshot()
+    # another engine would have another model, which is reason enough to refuse
+    setattr(engine, name, value)
+    engine._new_context(256)
     with pytest.raises(CspEdgeError, match="another kind of context"):
-        other.restore(engine.snapshot())
-    prefill(other)  # goes on
-    other.close()
+        engine.restore(snapshot)
+    prefill(engine, 2)  # goes on
+    engine.close()
 
 
 def test_an_empty_cache_is_restored(engine):
