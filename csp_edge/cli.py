@@ -207,7 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--recall",
         action="store_true",
-        help="keep what is pruned in the host's memory: later questions and words bring it back",
+        help="keep what is pruned, in the host's memory or, with --memory, in a file: later "
+        "questions and words bring it back",
     )
     chat.add_argument(
         "--session",
@@ -277,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--gpu-layers", metavar="N", type=int, help="-1: all layers; default: as many as fit"
     )
+    plan.add_argument("--recall", action="store_true", help="keep what is pruned, in a file")
 
     server = commands.add_parser(
         "rpc-server",
@@ -462,6 +464,7 @@ def _plan(args: argparse.Namespace) -> None:
         n_pixels=n_pixels,
         kv_type=args.kv_type,
         n_gpu_layers=args.gpu_layers,
+        recall=args.recall,
     )
     for name, value in planned.rows().items():
         print(f"{name:<28}  {printable(value)}")

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from csp_edge.errors import (
 from csp_edge.hook import Hook, Pruning
 from csp_edge.hook import Snapshot as CacheSnapshot
 from csp_edge.memory import available_memory
-from csp_edge.model_info import KV_TYPES, describe
+from csp_edge.model_info import KV_TYPES, describe, ggml_type
 from csp_edge.native import llama, mtmd
 from csp_edge.policies import Policy, Resolved
 from csp_edge.rpc import Servers
@@ -92,6 +93,8 @@ class Engine:
         n_ubatch: tokens that are computed at once. None: 512.
         recall: keep what is evicted on the host, and let each new question choose anew among all
             that there ever was. A type as for kv_type, or None: what is evicted is lost.
+        recall_folder: keep it there, in a file without a name, and no more than n_ctx tokens. None:
+            in the host's memory.
         probe: with max_cells, prune by the queries of the prompt's last text, run ahead of what
             comes before it. Else by those of the tokens that were decoded last.
         n_threads: None: one for each CPU.
@@ -127,6 +130,7 @@ class Engine:
         max_image_tokens: int | None = None,
         prune: bool = False,
         recall: str | None = None,
+        recall_folder: str | None = None,
         probe: bool = True,
         progress: Progress | None = None,
     ) -> None:
@@ -138,7 +142,7 @@ class Engine:
         self._servers: Servers | None = None
 
         if recall is not None:
-            _kv_type("recall", recall)
+            ggml_type("recall", recall)
         self._n_ctx = _checked("n_ctx", n_ctx, 1, 2**31 - 1) if n_ctx is not None else None
         if max_cells is not None:
             max_cells = _checked("max_cells", max_cells, 256, 2**31 - 1)
@@ -171,6 +175,7 @@ class Engine:
             self.tokenizer = Tokenizer(model, self.model, self._projector, kind)
             self._must_prune = prune
             self._recall_type = recall
+            self._recall_folder = recall_folder
             self._probes = probe
             self._new_context(self._n_ubatch)
         except BaseException:
@@ -262,9 +267,23 @@ class Engine:
             self._free_context()
             return False
         if self._recall_type:
-            self._hook.keep_evicted(_kv_type("recall", self._recall_type))
+            self._keep_evicted(ggml_type("recall", self._recall_type))
         self.n_ctx = self.n_ctx_max
         return True
+
+    def _keep_evicted(self, kv_type: int) -> None:
+        assert self._hook
+        if self._recall_folder is None:
+            self._hook.keep_evicted(kv_type)
+            return
+        try:
+            with tempfile.TemporaryFile(dir=self._recall_folder) as file:
+                self._hook.keep_evicted(kv_type, file.fileno())
+        except OSError as error:
+            raise MemoryLimitError(
+                f"no file for what is evicted in {self._recall_folder}: {error.strerror}: "
+                "let TMPDIR name a folder on a disk with room"
+            ) from None
 
     def _make_plain_context(self, n_ubatch: int, n_ctx: int | None) -> None:
         n_ctx = self._n_ctx or n_ctx or min(_N_CTX_FIRST, self.n_ctx_max)
@@ -374,6 +393,8 @@ class Engine:
     def room(self) -> int:
         """Tokens that can still be decoded."""
         n_positions = self._n_pos_max - self.n_past
+        if self._recall_folder is not None:
+            n_positions = min(n_positions, self.n_ctx_max - self.n_tokens)
         return max(
             0, n_positions if self.max_cells else min(n_positions, self.n_ctx - self.n_cells)
         )
@@ -491,7 +512,8 @@ class Engine:
         """
         if not isinstance(prompt.items[-1], int):
             raise PromptError("the prompt ends with a picture: put text after it")
-        if prompt.n_pos > self._n_pos_max:
+        is_beyond = self._recall_folder is not None and prompt.n_tokens > self.n_ctx_max
+        if prompt.n_pos > self._n_pos_max or is_beyond:
             raise self._beyond(prompt)
         recent = 0
         if policy:
@@ -927,8 +949,14 @@ class Engine:
             self._n_unrecalled,
         )
 
-    def read_snapshot(self, read: Callable[[memoryview], object], n_bytes: int) -> CacheSnapshot:
+    def read_snapshot(
+        self, read: Callable[[memoryview], object], n_bytes: int, n_cells: int
+    ) -> CacheSnapshot:
         """The cache of a snapshot, from the bytes that its write() gave. They are not trusted.
+
+        Args:
+            read: fills what it is given with the next bytes, of which there are `n_bytes`.
+            n_cells: that were in use.
 
         Raises:
             ModelError: the cache can't be copied.
@@ -939,9 +967,14 @@ class Engine:
         if not self._hook:
             raise self._no_snapshot()
         available = available_memory()
-        if available is not None and 2 * n_bytes > available:
+        if self._recall_folder is not None:
+            # evicted cells go to the disk
+            n_bytes_held = min(n_bytes, round(n_cells * self.bytes_per_cell))
+        else:
+            n_bytes_held = n_bytes
+        if available is not None and 2 * n_bytes_held > available:
             raise MemoryLimitError(
-                f"no memory for a saved cache of {n_bytes / 2**20:.0f} MiB: twice as much is "
+                f"no memory for a saved cache of {n_bytes_held / 2**20:.0f} MiB: twice as much is "
                 f"needed to read it, and {available / 2**20:.0f} MiB are free"
             )
         return self._hook.read_snapshot(read, n_bytes)
@@ -971,12 +1004,6 @@ class Engine:
         self._recent = snapshot.recent
         self._is_probed = snapshot.is_probed
         self._n_prompt, self._n_unrecalled = snapshot.n_prompt, snapshot.n_unrecalled
-
-
-def _kv_type(name: str, value: str) -> int:
-    if not isinstance(value, str) or value not in KV_TYPES:
-        raise OptionError(f"{name}={value!r}: choose one of {', '.join(KV_TYPES)}")
-    return int(KV_TYPES[value])
 
 
 def _checked(name: str, value: object, low: int, high: int) -> int:

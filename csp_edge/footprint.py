@@ -14,7 +14,7 @@ from typing import Any
 
 from csp_edge import native
 from csp_edge.errors import ModelError, ProjectorError
-from csp_edge.gguf_file import read_header, read_parts
+from csp_edge.gguf_file import BLOCKS, read_header, read_parts
 from csp_edge.memory import resident_memory
 from csp_edge.model_info import KV_TYPES, describe
 from csp_edge.native import llama
@@ -22,9 +22,13 @@ from csp_edge.policies import Full, Policy
 
 _F32 = 4
 _N_MODALITY = 2
+# tokens of a conversation beside its pictures: text, and room for an answer
+_N_TEXT = 1024
 # native/csp-score.cpp: elements of a block of attention, and its queries
 _SCORE_BLOCK = 2**20
 _SCORE_QUERIES_MIN, _SCORE_QUERIES_MAX = 8, 64
+# bytes that a token takes in the lists of native/csp-recall.cpp
+_LISTED, _LISTED_IN_HEAD = 40, 24
 # of the engine's pictures that are kept encoded
 _EMBEDDING_CACHE_BYTES = 64 * 2**20
 # what only shows at work: stacks and buffers of threads, the allocator's gaps, a template's code
@@ -104,6 +108,7 @@ class Layout:
         n_pixels: of the pictures, where the projector takes any size. None: the largest that it
             does not scale down.
         n_images: pictures of a conversation. None: as many as the model's context holds.
+        recall: whether what is evicted is kept, in a file, or the type that it is kept in.
 
     Raises:
         ModelError, ProjectorError: a file can't be read, or they don't belong together.
@@ -118,11 +123,13 @@ class Layout:
         policy: Policy | Full,
         n_pixels: int | None,
         n_images: int | None,
+        recall: bool | str = False,
     ) -> None:
         self.info = describe(model, mmproj)
         self._n_gpu_layers = n_gpu_layers
         self._policy = policy
         self._n_images = n_images
+        self._recall = recall
         # all that a chat imports
         importlib.import_module("csp_edge.vlm")
 
@@ -178,6 +185,13 @@ class Layout:
         """That are decoded at once. A picture that is not cut up is a tile."""
         return self.projector.n_tokens if self.projector else 0
 
+    @property
+    def n_tokens(self) -> int:
+        """Of a conversation."""
+        if self._n_images is None:
+            return self.info.n_ctx
+        return min(self._n_images * self.tokens_per_picture + _N_TEXT, self.info.n_ctx)
+
     def footprint(
         self, *, n_cells: int, n_ubatch: int, kv_type: str, mmap: bool = True
     ) -> Footprint | None:
@@ -218,7 +232,7 @@ class Layout:
             moving=memory.cache // (2 * info.n_layer),
             compute=memory.compute + memory.work + n_ubatch * info.n_embd * _F32,
             queries=self._queries(n_cells),
-            scoring=self._scoring(n_cells, memory.compute),
+            scoring=self._scoring(n_cells, memory.compute, kv_type),
             sampling=info.n_vocab * (2 * _F32 + 3 * _F32),
             device=memory.device_weights
             + memory.device_cache
@@ -257,11 +271,19 @@ class Layout:
         info = self.info
         return self._window(n_cells) * info.n_head * info.head_dim_k * info.n_layer * _F32
 
-    def _scoring(self, n_cells: int, compute: int) -> int:
+    def _scoring(self, n_cells: int, compute: int, kv_type: str) -> int:
         """native/csp-score.cpp: a layer's keys, and the attention of a block of queries."""
         policy, info = self._policy, self.info
         if not isinstance(policy, Policy):
             return 0
+        recalled = 0
+        if self._recall:
+            # all tokens are listed, and their keys read from the file
+            n_cells = max(n_cells, self.n_tokens)
+            kind = kv_type if self._recall is True else self._recall
+            block, n_bytes = BLOCKS[int(KV_TYPES[kind])]
+            row = info.n_head_kv * info.head_dim_k * n_bytes // block
+            recalled = n_cells * (row + _LISTED + info.n_head_kv * _LISTED_IN_HEAD)
         n_block = max(_SCORE_BLOCK // (n_cells * info.n_head), _SCORE_QUERIES_MIN)
         n_queries = min(self._window(n_cells), n_block, _SCORE_QUERIES_MAX)
         attention = n_cells * n_queries * info.n_head * _F32
@@ -271,7 +293,7 @@ class Layout:
         scores = _N_MODALITY * n_cells * 2 * info.n_head_kv * _F32
         copies = 2 * attention if policy.sink == "mass" else 0
         copies = max(copies, scores + 2 * keys * bool(policy.needs_keys))
-        return max(0, graph - compute) + mask + copies
+        return max(0, graph + recalled - compute) + mask + copies
 
 
 def _measure_projector(path: Path, n_pixels: int | None) -> Any:

@@ -140,13 +140,16 @@ class Hook:
         if not native.csp_resize(self._csp, n_cells):
             raise MemoryLimitError(f"no cache of {n_cells} cells: {_last_error()}")
 
-    def keep_evicted(self, kv_type: int) -> None:
+    def keep_evicted(self, kv_type: int, file: int = -1) -> None:
         """From now on copy what is evicted to the host, as this ggml type, for recall().
 
+        Args:
+            file: descriptor of an empty one, which is duplicated. -1: to the host's memory.
+
         Raises:
-            OptionError: the type won't do for this model.
+            OptionError: the type won't do for this model, or the file not for this system.
         """
-        if not native.csp_keep_evicted(self._csp, kv_type):
+        if not native.csp_keep_evicted(self._csp, kv_type, file):
             raise OptionError(f"evicted cells can't be kept: {_last_error()}")
 
     def recall(self, policy: Policy, amounts: Resolved, *, inspect: bool = False) -> Pruning:

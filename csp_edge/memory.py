@@ -1,6 +1,7 @@
 """How much memory there still is, and how much this process has."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -22,6 +23,12 @@ def resident_memory() -> int | None:
 def peak_memory() -> int | None:
     """The most bytes that resident_memory() has told so far. None: it isn't told."""
     return _amount("/proc/self/status", "VmHWM")
+
+
+def disk_folder() -> str:
+    """Where a large temporary file takes no memory, which in /tmp it often does."""
+    chosen = os.environ.get("TMPDIR")
+    return chosen or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
 
 
 def _from_meminfo() -> int | None:

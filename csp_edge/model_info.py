@@ -60,6 +60,20 @@ class ModelInfo:
     projector: ProjectorInfo | None
 
 
+def ggml_type(name: str, value: object) -> int:
+    """Of a type of K and V in KV_TYPES.
+
+    Args:
+        name: of the option that has this value.
+
+    Raises:
+        OptionError: there is no such type.
+    """
+    if not isinstance(value, str) or value not in KV_TYPES:
+        raise OptionError(f"{name}={value!r}: choose one of {', '.join(KV_TYPES)}")
+    return int(KV_TYPES[value])
+
+
 def describe(
     model: str | os.PathLike[str],
     mmproj: str | os.PathLike[str] | None = None,

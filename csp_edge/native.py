@@ -204,7 +204,9 @@ csp_probe = _function(
 csp_resize = _function("llama_csp_resize", ctypes.c_bool, ctypes.c_void_p, ctypes.c_uint32)
 csp_n_cells = _function("llama_csp_n_cells", ctypes.c_uint32, ctypes.c_void_p)
 csp_prune = _function("llama_csp_prune", ctypes.c_bool, ctypes.c_void_p, CspParams)
-csp_keep_evicted = _function("llama_csp_keep_evicted", ctypes.c_bool, ctypes.c_void_p, ctypes.c_int)
+csp_keep_evicted = _function(
+    "llama_csp_keep_evicted", ctypes.c_bool, ctypes.c_void_p, ctypes.c_int, ctypes.c_int
+)
 csp_recall = _function("llama_csp_recall", ctypes.c_bool, ctypes.c_void_p, CspParams)
 csp_take_snapshot = _function("llama_csp_take_snapshot", ctypes.c_void_p, ctypes.c_void_p)
 csp_restore = _function("llama_csp_restore", ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p)

@@ -13,11 +13,9 @@ from pathlib import Path
 from csp_edge import native
 from csp_edge.errors import MemoryLimitError, OptionError
 from csp_edge.footprint import Footprint, Layout
-from csp_edge.model_info import KV_TYPES
+from csp_edge.model_info import KV_TYPES, ggml_type
 from csp_edge.policies import CSP, Full, Policy
 
-# beside the pictures: text, and room for an answer
-_N_TEXT = 1024
 _N_UBATCH = (512, 256, 128, 64)
 _STEP = 256  # cells; what llama.cpp rounds up to
 # fewer cells than this share of what smaller batches would leave are not worth the speed
@@ -130,6 +128,7 @@ def plan(
     kv_type: str = "auto",
     n_gpu_layers: int | None = 0,
     policy: Policy | Full = CSP(),  # noqa: B008
+    recall: bool | str = False,
 ) -> Plan:
     """The settings that keep most of a conversation within `memory`, from the files' headers alone.
 
@@ -146,6 +145,7 @@ def plan(
         kv_type: type of K and V in the cache, or "auto".
         n_gpu_layers: layers to offload, -1: all. None: as many as fit.
         policy: what prunes the cache.
+        recall: keep what is evicted, in a file, as this type or, where this is True, the cache's.
 
     Raises:
         MemoryLimitError: it doesn't fit, with the smallest memory that would do.
@@ -157,18 +157,26 @@ def plan(
     _check("n_images", n_images, 0)
     _check("n_pixels", n_pixels, 1)
     _check("n_gpu_layers", n_gpu_layers, -1)
+    if not isinstance(recall, bool):
+        ggml_type("recall", recall)
 
     def laid_out(n: int) -> Layout:
         return Layout(
-            model, mmproj, n_gpu_layers=n, policy=policy, n_pixels=n_pixels, n_images=n_images
+            model,
+            mmproj,
+            n_gpu_layers=n,
+            policy=policy,
+            n_pixels=n_pixels,
+            n_images=n_images,
+            recall=recall,
         )
 
     if n_gpu_layers is None:
         n_gpu_layers = _fitting_layers(laid_out)
     with laid_out(n_gpu_layers) as layout:
         if n_pixels is None:
-            return _choose_pictures(layout, n_bytes, n_images, kv_types, n_gpu_layers)
-        found = _choose(layout, n_bytes, n_images, kv_types, n_gpu_layers)
+            return _choose_pictures(layout, n_bytes, kv_types, n_gpu_layers)
+        found = _choose(layout, n_bytes, kv_types, n_gpu_layers)
         return replace(found, max_image_tokens=layout.tokens_per_tile)
 
 
@@ -200,29 +208,22 @@ def _check(name: str, value: object, least: int) -> None:
         raise OptionError(f"{name}={value!r}: give an integer of at least {least}, or None")
 
 
-def _choose_pictures(
-    layout: Layout, n_bytes: int, n_images: int | None, kv_types: list[str], n_gpu_layers: int
-) -> Plan:
+def _choose_pictures(layout: Layout, n_bytes: int, kv_types: list[str], n_gpu_layers: int) -> Plan:
     """Scale pictures down, by halves, until they leave room for other things."""
     max_image_tokens = None
     while True:
         if _picture_bytes(layout) <= _PICTURE_SHARE * n_bytes:
             with suppress(MemoryLimitError):
-                found = _choose(layout, n_bytes, n_images, kv_types, n_gpu_layers)
+                found = _choose(layout, n_bytes, kv_types, n_gpu_layers)
                 return replace(found, max_image_tokens=max_image_tokens)
         if layout.tokens_per_tile < 2 * _PICTURE_TOKENS or not layout.shrink_pictures():
-            found = _choose(layout, n_bytes, n_images, kv_types, n_gpu_layers)
+            found = _choose(layout, n_bytes, kv_types, n_gpu_layers)
             return replace(found, max_image_tokens=max_image_tokens)
         max_image_tokens = layout.tokens_per_tile
 
 
-def _choose(
-    layout: Layout, n_bytes: int, n_images: int | None, kv_types: list[str], n_gpu_layers: int
-) -> Plan:
-    info, per_picture = layout.info, layout.tokens_per_picture
-    n_tokens = info.n_ctx
-    if n_images is not None:
-        n_tokens = min(n_images * per_picture + _N_TEXT, info.n_ctx)
+def _choose(layout: Layout, n_bytes: int, kv_types: list[str], n_gpu_layers: int) -> Plan:
+    info, n_tokens = layout.info, layout.n_tokens
     most = _padded(n_tokens)
     mmap = not _is_repacked(layout)
 
@@ -257,7 +258,7 @@ def _choose(
         n_bytes,
         best.n_cells,
         n_tokens,
-        per_picture,
+        layout.tokens_per_picture,
         None,
         best.kv_type,
         best.n_ubatch,

@@ -39,7 +39,7 @@ from csp_edge.template import Message, Text, normalize_messages
 from csp_edge.tokenizer import Item, Patches, count_tokens
 
 MAGIC = b"CSPEDGE\n"
-VERSION = 2
+VERSION = 3
 
 # what EdgeVLM is made with again
 _SETTINGS = {
@@ -312,8 +312,8 @@ class Session:
                 settings["max_cells"] = None
             # a bound of another kind takes the place of the saved one
             if given.get("memory") is not None:
-                settings |= {"max_cells": None, "n_ctx": None, "recall": False}
-            elif given.get("max_cells") is not None or given.get("recall") or given.get("rpc"):
+                settings |= {"max_cells": None, "n_ctx": None}
+            elif given.get("max_cells") is not None or given.get("rpc"):
                 settings["memory"] = None
             options = {**settings, **given}
             options["kv_type"] = options["kv_type"] or settings["kv_type"]
@@ -410,7 +410,7 @@ class Session:
                 f"{self._path}: has {n_cells} cells, more than n_ctx={engine.n_ctx_max}: raise it"
             )
         return Snapshot(
-            engine.read_snapshot(self._fill, self._n_left),
+            engine.read_snapshot(self._fill, self._n_left, n_cells),
             tuple(items),
             _integer(n_tokens),
             _integer(n_past),

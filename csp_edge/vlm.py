@@ -18,6 +18,7 @@ from csp_edge.engine import Engine, Prefill, Progress
 from csp_edge.errors import CspEdgeError, OptionError, PolicyError, TemplateError
 from csp_edge.hook import Pruning
 from csp_edge.images import Pictures, Source
+from csp_edge.memory import disk_folder
 from csp_edge.model_files import find_model
 from csp_edge.policies import CSP, Full, Policy
 from csp_edge.sampling import Sampler, Sampling, TextStream, schema_to_grammar
@@ -248,10 +249,11 @@ class EdgeVLM:
         memory: bytes of the host's memory, like "4GiB", that this process stays within: what
             doesn't fit of a conversation is pruned as with max_cells, and the cache's type, the
             batches and the size of pictures are chosen so that the most is kept: csp_edge.plan.
+            What `recall` keeps then is in a file without a name, in TMPDIR or else /var/tmp.
         n_ctx: cells that the KV cache may grow to. None: as many as the model knows positions.
         max_cells: cells that the KV cache never exceeds, however long the prompt is: what doesn't
             fit is pruned while the prompt is read, and while the answer is written.
-        recall: keep what is evicted in the host's memory, and let each question choose anew among
+        recall: keep what is evicted, in the host's memory or a file, and let each question choose anew among
             all that there ever was. A type as for kv_type to keep it in; True: kv_type.
         n_threads: None: one for each CPU.
         n_gpu_layers: layers to offload, -1: all. None: all if there are RPC servers, else none.
@@ -308,10 +310,10 @@ class EdgeVLM:
             "recall": recall or False,
         }
         if memory is not None:
-            if max_cells is not None or recall or rpc:
-                other = "max_cells" if max_cells is not None else "recall" if recall else "rpc"
+            if max_cells is not None or rpc:
+                other = "max_cells" if max_cells is not None else "rpc"
                 raise OptionError(f"memory={memory!r} and {other}: give one of them")
-            fitted = _fit(files.model, projector, memory, kv_type, n_gpu_layers, cache)
+            fitted = _fit(files.model, projector, memory, kv_type, n_gpu_layers, cache, recall)
             kv_type = fitted.pop("kv_type")
             max_cells = fitted.pop("max_cells", None)
             n_cells = fitted.pop("n_ctx", None)
@@ -638,12 +640,19 @@ def _fit(
     kv_type: str | None,
     n_gpu_layers: int,
     cache: Policy | Full,
+    recall: bool | str,
 ) -> dict[str, Any]:
     """The engine's settings by which a chat stays within `memory`."""
     from csp_edge.plan import plan
 
     planned = plan(
-        model, mmproj, memory, kv_type=kv_type or "auto", n_gpu_layers=n_gpu_layers, policy=cache
+        model,
+        mmproj,
+        memory,
+        kv_type=kv_type or "auto",
+        n_gpu_layers=n_gpu_layers,
+        policy=cache,
+        recall=recall or False,
     )
     bound = "max_cells" if isinstance(cache, Policy) else "n_ctx"
     return {
@@ -652,6 +661,7 @@ def _fit(
         "n_ubatch": planned.n_ubatch,
         "mmap": planned.mmap,
         "max_image_tokens": planned.max_image_tokens,
+        "recall_folder": disk_folder() if recall else None,
     }
 
 

@@ -8,10 +8,6 @@
 #include <cstring>
 #include <stdexcept>
 
-//
-// csp_rows
-//
-
 static void csp_convert_row(const uint8_t * src, ggml_type type_src, uint8_t * dst, ggml_type type_dst, int64_t n) {
     if (type_src == type_dst) {
         memcpy(dst, src, ggml_row_size(type_src, n));
@@ -29,27 +25,7 @@ static void csp_convert_row(const uint8_t * src, ggml_type type_src, uint8_t * d
     ggml_quantize_chunk(type_dst, row.data(), dst, 0, 1, n, nullptr);
 }
 
-uint8_t * csp_rows::row(uint32_t i) {
-    while (blocks.size() <= i/N_BLOCK) {
-        blocks.emplace_back(N_BLOCK*size());
-    }
-
-    return blocks[i/N_BLOCK].data() + (i%N_BLOCK)*size();
-}
-
-const uint8_t * csp_rows::row(uint32_t i) const {
-    return blocks.at(i/N_BLOCK).data() + (i%N_BLOCK)*size();
-}
-
-size_t csp_rows::size() const {
-    return ggml_row_size(type, n_embd);
-}
-
-//
-// llama_csp
-//
-
-void llama_csp::keep_evicted(ggml_type type) {
+void llama_csp::keep_evicted(ggml_type type, int fd) {
     update_index();
 
     if (index.n_base > 0) {
@@ -66,27 +42,33 @@ void llama_csp::keep_evicted(ggml_type type) {
         }
     }
 
+    const auto file = fd < 0 ? nullptr : std::make_shared<csp_file>(fd);
+
     is_archiving = true;
 
     for (auto & l : layers) {
-        l.archive_k = { type, l.k->ne[0], {} };
-        l.archive_v = { type, l.v->ne[0], {} };
+        l.archive_k = { type, l.k->ne[0], file, {} };
+        l.archive_v = { type, l.v->ne[0], file, {} };
     }
 }
 
 static void csp_append(csp_rows & dst, uint32_t n_rows, const ggml_tensor * src, const std::vector<uint32_t> & idxs) {
-    if (idxs.empty()) {
-        return;
-    }
+    for (size_t i0 = 0; i0 < idxs.size(); i0 += csp_rows::N_BLOCK) {
+        const auto begin = idxs.begin() + i0;
+        const auto end   = idxs.begin() + std::min(i0 + csp_rows::N_BLOCK, idxs.size());
 
-    const auto [first, last] = std::minmax_element(idxs.begin(), idxs.end());
+        const auto [first, last] = std::minmax_element(begin, end);
 
-    std::vector<uint8_t> data((*last - *first + 1)*src->nb[1]);
+        std::vector<uint8_t> data((*last - *first + 1)*src->nb[1]);
+        std::vector<uint8_t> rows((end - begin)*dst.size());
 
-    ggml_backend_tensor_get(src, data.data(), *first*src->nb[1], data.size());
+        ggml_backend_tensor_get(src, data.data(), *first*src->nb[1], data.size());
 
-    for (const auto i : idxs) {
-        csp_convert_row(data.data() + (i - *first)*src->nb[1], src->type, dst.row(n_rows++), dst.type, dst.n_embd);
+        for (auto it = begin; it != end; ++it) {
+            csp_convert_row(data.data() + (*it - *first)*src->nb[1], src->type, rows.data() + (it - begin)*dst.size(), dst.type, dst.n_embd);
+        }
+
+        dst.set(n_rows + i0, end - begin, rows.data());
     }
 }
 
@@ -128,20 +110,29 @@ llama_csp::cell_list llama_csp::get_archived(const cell_list & cells) const {
     return res;
 }
 
-// the chosen tokens of every head to the first rows of the cache, laid out as by compact()
-static void csp_set_rows(ggml_tensor * cache, const csp_rows & src, const std::vector<llama_csp::head_choice> & choice, uint32_t n_kept, uint32_t n_true, uint32_t n_embd_head) {
+// the chosen ones of n_rows tokens of every head to the first rows of the cache, laid out as by compact()
+static void csp_set_rows(ggml_tensor * cache, const csp_rows & src, uint32_t n_rows, const std::vector<llama_csp::head_choice> & choice, uint32_t n_kept, uint32_t n_true, uint32_t n_embd_head) {
     const size_t nb_src = ggml_row_size(src.type,    n_embd_head);
     const size_t nb_dst = ggml_row_size(cache->type, n_embd_head);
 
     std::vector<uint8_t> data(n_kept*cache->nb[1]);
+    std::vector<uint8_t> rows(csp_rows::N_BLOCK*src.size());
 
-    for (uint32_t h = 0; h < choice.size(); ++h) {
-        const auto & kept = choice[h].kept;
+    std::vector<uint32_t> i_next(choice.size(), 0);
 
-        for (uint32_t i = 0; i < kept.size(); ++i) {
-            const size_t row = i + n_true < kept.size() ? i : n_kept - kept.size() + i;
+    for (uint32_t i0 = 0; i0 < n_rows; i0 += csp_rows::N_BLOCK) {
+        const uint32_t n = std::min(n_rows - i0, csp_rows::N_BLOCK);
 
-            csp_convert_row(src.row(kept[i]) + h*nb_src, src.type, data.data() + row*cache->nb[1] + h*nb_dst, cache->type, n_embd_head);
+        src.get(i0, n, rows.data());
+
+        for (uint32_t h = 0; h < choice.size(); ++h) {
+            const auto & kept = choice[h].kept;
+
+            for (uint32_t & i = i_next[h]; i < kept.size() && kept[i] < i0 + n; ++i) {
+                const size_t row = i + n_true < kept.size() ? i : n_kept - kept.size() + i;
+
+                csp_convert_row(rows.data() + (kept[i] - i0)*src.size() + h*nb_src, src.type, data.data() + row*cache->nb[1] + h*nb_dst, cache->type, n_embd_head);
+            }
         }
     }
 
@@ -178,8 +169,8 @@ void llama_csp::recall(const llama_csp_params & params) {
 
     try {
         for (size_t il = 0; il < layers.size(); ++il) {
-            csp_set_rows(layers[il].k, layers[il].archive_k, cur.choices[il], cur.n_kept, cur.n_true, layers[il].n_embd_head_k);
-            csp_set_rows(layers[il].v, layers[il].archive_v, cur.choices[il], cur.n_kept, cur.n_true, layers[il].n_embd_head_v);
+            csp_set_rows(layers[il].k, layers[il].archive_k, cur.cells.size(), cur.choices[il], cur.n_kept, cur.n_true, layers[il].n_embd_head_k);
+            csp_set_rows(layers[il].v, layers[il].archive_v, cur.cells.size(), cur.choices[il], cur.n_kept, cur.n_true, layers[il].n_embd_head_v);
         }
 
         for (const auto i : cells.idxs) {

@@ -113,8 +113,14 @@ void csp_attn_graph::set_inputs() {
         idxs_data.resize(cells.size());
         std::iota(idxs_data.begin(), idxs_data.end(), 0);
 
+        std::vector<uint8_t> rows(csp_rows::N_BLOCK*archived->nb[1]);
+
         for (uint32_t i = 0; i < cells.size(); i += csp_rows::N_BLOCK) {
-            ggml_backend_tensor_set(archived, l.archive_k.row(i), i*archived->nb[1], std::min(cells.size() - i, csp_rows::N_BLOCK)*archived->nb[1]);
+            const uint32_t n = std::min(cells.size() - i, csp_rows::N_BLOCK);
+
+            l.archive_k.get(i, n, rows.data());
+
+            ggml_backend_tensor_set(archived, rows.data(), i*archived->nb[1], n*archived->nb[1]);
         }
     }
 

@@ -102,13 +102,22 @@ struct csp_reader {
     }
 };
 
-static void csp_write_archive(csp_writer & out, const csp_rows & rows) {
+static void csp_write_archive(csp_writer & out, const csp_rows & rows, uint32_t n_rows) {
     out.value<uint32_t>(rows.type);
     out.value(rows.n_embd);
-    out.value<uint64_t>(rows.blocks.size());
 
-    for (const auto & block : rows.blocks) {
-        out.vector(block);
+    if (rows.n_embd == 0) {
+        return;
+    }
+
+    for (uint32_t i = 0; i < n_rows; i += csp_rows::N_BLOCK) {
+        const uint32_t n = std::min(n_rows - i, csp_rows::N_BLOCK);
+
+        std::vector<uint8_t> data(n*rows.size());
+
+        rows.get(i, n, data.data());
+
+        out.bytes(data.data(), data.size());
     }
 }
 
@@ -123,6 +132,8 @@ static void csp_write_cache(csp_writer & out, const llama_csp_snapshot::cache & 
         }
     }
 
+    out.value<uint32_t>(cache.type_k);
+    out.value<uint32_t>(cache.type_v);
     out.value(cache.cells.size());
     out.value(cache.head);
     out.vector(cells);
@@ -168,8 +179,8 @@ void llama_csp::write_snapshot(const llama_csp_snapshot & snapshot, llama_csp_wr
 
         out.vector(snapshot.q[il]);
 
-        csp_write_archive(out, snapshot.archives[il].first);
-        csp_write_archive(out, snapshot.archives[il].second);
+        csp_write_archive(out, snapshot.archives[il].first,  index.n_base);
+        csp_write_archive(out, snapshot.archives[il].second, index.n_base);
     }
 
     for (const auto & cache : snapshot.caches) {
@@ -198,19 +209,19 @@ static bool csp_is_pos(llama_pos p) {
 
 // like: what the context keeps of its own evicted cells
 static csp_rows csp_read_archive(csp_reader & in, const csp_rows & like, uint32_t n_rows) {
-    csp_rows res = { like.type, like.n_embd, {} };
+    csp_rows res = { like.type, like.n_embd, like.file, {} };
 
     csp_expect(in.value<uint32_t>() == (uint32_t) like.type && in.value<int64_t>() == like.n_embd, "type of the evicted cells");
 
-    const auto n_blocks = in.value<uint64_t>();
+    for (uint32_t i = 0; res.n_embd > 0 && i < n_rows; i += csp_rows::N_BLOCK) {
+        const uint32_t n = std::min(n_rows - i, csp_rows::N_BLOCK);
 
-    for (uint64_t i = 0; i < n_blocks; ++i) {
-        in.vector(res.blocks.emplace_back());
+        std::vector<uint8_t> data(n*res.size());
 
-        csp_expect(res.blocks.back().size() == csp_rows::N_BLOCK*res.size(), "evicted cells");
+        in.bytes(data.data(), data.size());
+
+        res.set(i, n, data.data());
     }
-
-    csp_expect(res.n_embd == 0 || res.blocks.size() >= (n_rows + csp_rows::N_BLOCK - 1)/csp_rows::N_BLOCK, "evicted cells");
 
     return res;
 }
@@ -266,8 +277,14 @@ static void csp_check_index(const llama_csp::seq_index & index, const llama_kv_c
     }
 }
 
-static llama_csp_snapshot::cache csp_read_cache(csp_reader & in, uint32_t n_ctx) {
+static llama_csp_snapshot::cache csp_read_cache(csp_reader & in, const llama_kv_cache & cache, uint32_t n_ctx) {
     llama_csp_snapshot::cache res = {};
+
+    res.type_k = cache.type_k();
+    res.type_v = cache.type_v();
+
+    csp_expect(in.value<uint32_t>() == (uint32_t) res.type_k, "type of K");
+    csp_expect(in.value<uint32_t>() == (uint32_t) res.type_v, "type of V");
 
     const auto size = in.value<uint32_t>();
 
@@ -371,10 +388,7 @@ llama_csp_snapshot * llama_csp::read_snapshot(llama_csp_read read, void * user_d
     }
 
     for (const auto * cache : caches()) {
-        auto & cur = res->caches.emplace_back(csp_read_cache(in, n_ctx));
-
-        cur.type_k = cache->type_k();
-        cur.type_v = cache->type_v();
+        auto & cur = res->caches.emplace_back(csp_read_cache(in, *cache, n_ctx));
 
         for (const auto & l : cache->layers) {
             for (const auto * t : { l.k, l.v }) {

@@ -4,7 +4,6 @@
 #include "llama-kv-cache-iswa.h"
 
 #include <stdexcept>
-#include <tuple>
 
 static std::vector<uint8_t> csp_get_rows(const ggml_tensor * t, uint32_t n_rows) {
     std::vector<uint8_t> res(n_rows*t->nb[1]);
@@ -148,7 +147,8 @@ void llama_csp::set_snapshot(const llama_csp_snapshot & snapshot) {
         l.index    = snapshot.layers[il];
         l.kq_scale = std::max(l.kq_scale, snapshot.kq_scales[il]);
 
-        std::tie(l.archive_k, l.archive_v) = snapshot.archives[il];
+        l.archive_k.share(snapshot.archives[il].first);
+        l.archive_v.share(snapshot.archives[il].second);
 
         if (n_window > 0) {
             csp_set_rows(l.q, snapshot.q[il]);

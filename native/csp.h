@@ -2,6 +2,8 @@
 
 #include "llama-csp.h"
 
+#include "csp-rows.h"
+
 #include "llama-graph.h"
 #include "llama-kv-cache.h"
 
@@ -11,21 +13,6 @@
 #include <memory>
 #include <utility>
 #include <vector>
-
-// rows of K or V on the host, which don't move as more of them come
-struct csp_rows {
-    static constexpr uint32_t N_BLOCK = 256;
-
-    ggml_type type   = GGML_TYPE_F32;
-    int64_t   n_embd = 0;
-
-    std::vector<std::vector<uint8_t>> blocks; // of N_BLOCK rows
-
-    size_t size() const; // of a row, in bytes
-
-    uint8_t *       row(uint32_t i);
-    const uint8_t * row(uint32_t i) const;
-};
 
 //
 // llama_csp
@@ -301,8 +288,8 @@ struct llama_csp {
     // csp-recall.cpp
     //
 
-    // from now on, copy what is evicted to the host
-    void keep_evicted(ggml_type type);
+    // from now on, copy what is evicted to the host. fd: of a file, -1: to its memory
+    void keep_evicted(ggml_type type, int fd);
 
     // copy the cells that are not chosen, but for the last n_true
     void archive(const cell_list & cells, uint32_t n_true);

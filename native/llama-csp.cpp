@@ -700,8 +700,8 @@ bool llama_csp_prune(llama_csp * csp, llama_csp_params params) {
     return res;
 }
 
-bool llama_csp_keep_evicted(llama_csp * csp, ggml_type type) {
-    return csp_try([&] { csp->keep_evicted(type); });
+bool llama_csp_keep_evicted(llama_csp * csp, ggml_type type, int fd) {
+    return csp_try([&] { csp->keep_evicted(type, fd); });
 }
 
 bool llama_csp_recall(llama_csp * csp, llama_csp_params params) {

@@ -18,7 +18,7 @@ Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
 from csp_edge import EdgeVLM
 from csp_edge.eval.suite import suite
 [sample] = suite(["list"], n_samples=1, n_images=[16])
-with EdgeVLM.demo(memory=sys.argv[2], n_threads=1) as vlm:
+with EdgeVLM.demo(memory=sys.argv[2], recall=sys.argv[3] == "recall", n_threads=1) as vlm:
     messages = sample.messages()
     for turn in sample.turns:
         print(vlm.chat(messages).text)
@@ -49,10 +49,10 @@ def limited():
     else:
         pytest.skip("no memory cgroup of one's own here")
 
-    def run(code: str, n_bytes: int) -> subprocess.CompletedProcess[str]:
+    def run(code: str, n_bytes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         limit_file(group).write_text(str(n_bytes))
         return subprocess.run(
-            [sys.executable, "-c", code, group, str(n_bytes)],
+            [sys.executable, "-c", code, group, str(n_bytes), *arguments],
             capture_output=True,
             text=True,
             timeout=120,
@@ -62,21 +62,22 @@ def limited():
     group.rmdir()
 
 
-def least() -> int:
+def least(**options) -> int:
     with pytest.raises(MemoryLimitError) as error:
-        EdgeVLM.demo(memory="10 MB")
+        EdgeVLM.demo(memory="10 MB", **options)
     found = re.search(r'memory="(\d+)MiB" or more', str(error.value))
     assert found
     return int(found[1]) * 2**20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs cgroups")
-def test_a_chat_finishes_within_the_memory_it_was_given(limited):
-    for n_bytes in (least(), 110 * 2**20):
-        done = limited(WORK, n_bytes)
+@pytest.mark.parametrize("recall", ["recall", "none"])
+def test_a_chat_finishes_within_the_memory_it_was_given(limited, recall):
+    for n_bytes in (least(recall=recall == "recall"), 110 * 2**20):
+        done = limited(WORK, n_bytes, recall)
         assert done.returncode == 0, done.stderr[-2000:]
         assert len(done.stdout.splitlines()) == 4
     # what takes more does not
     assert limited(
-        WORK.replace("from csp_edge", TOO_MUCH + "\nfrom csp_edge", 1), n_bytes
+        WORK.replace("from csp_edge", TOO_MUCH + "\nfrom csp_edge", 1), n_bytes, recall
     ).returncode

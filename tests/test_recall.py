@@ -1,17 +1,27 @@
 """Recall: what was evicted comes back when a question needs it."""
 
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import tiny_models
 from csp_edge import CSP, EdgeVLM
 from csp_edge.engine import Engine
-from csp_edge.errors import CspEdgeError, OptionError
+from csp_edge.errors import CspEdgeError, MemoryLimitError, OptionError, PromptError
 from csp_edge.native import llama
 from csp_edge.policies import AdaKV, LookM, Pyramid, Resolved, SnapKV
 from test_csp_engine import engine_on, greedy, prefill, tokenize
 
 QUESTION = "What is in image 3?"
+
+
+@pytest.fixture(params=["memory", "file"])
+def kept_in(request, tmp_path):
+    """Where evicted cells are: options of an engine."""
+    return {"recall_folder": None if request.param == "memory" else str(tmp_path)}
 
 
 def probe(engine, text=QUESTION):
@@ -29,8 +39,8 @@ def recall(engine, policy, amounts):
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("policy", [CSP(40, sink="mass"), AdaKV(40), LookM(40)])
-def test_all_of_it_can_come_back(demo_paths, kv_type, policy):
-    engine = engine_on(demo_paths, kv_type=kv_type, recall=kv_type)
+def test_all_of_it_can_come_back(demo_paths, kv_type, policy, kept_in):
+    engine = engine_on(demo_paths, kv_type=kv_type, recall=kv_type, **kept_in)
     prefill(engine)
     engine.redecode()
     full, n = greedy(engine, 6), engine.n_tokens
@@ -60,8 +70,8 @@ def last(engine):
 @pytest.mark.parametrize(
     "policy", [CSP(40), CSP(40, distance=0, cross_ratio=0.5), SnapKV(40), AdaKV(40), Pyramid(40)]
 )
-def test_the_choice_is_that_of_a_cache_that_was_never_pruned(demo_paths, policy):
-    engine = engine_on(demo_paths, kv_type="f32", recall="f32")
+def test_the_choice_is_that_of_a_cache_that_was_never_pruned(demo_paths, policy, kept_in):
+    engine = engine_on(demo_paths, kv_type="f32", recall="f32", **kept_in)
     prefill(engine)
     n = engine.n_tokens
     probe(engine)
@@ -135,12 +145,14 @@ def test_a_question_about_what_was_evicted(scenes):
     assert shares["q8_0"] > 1.2 * shares[False]
 
 
-def test_a_recall_is_part_of_a_snapshot(demo_paths):
-    engine = engine_on(demo_paths, recall="f16")
+def test_a_recall_is_part_of_a_snapshot(demo_paths, kept_in):
+    engine = engine_on(demo_paths, recall="f16", **kept_in)
     prefill(engine)
     engine.prune(CSP(40))
     greedy(engine, 3)
     snapshot = engine.snapshot()
+    data = bytearray()
+    snapshot.cache.write(data.extend)
 
     def go_on():
         probe(engine)
@@ -149,13 +161,91 @@ def test_a_recall_is_part_of_a_snapshot(demo_paths):
         return pruning, greedy(engine, 2)
 
     once, logits = go_on()
+    # what takes the place of the evicted cells leaves those of the snapshot alone
     engine.clear()
+    prefill(engine, 6)
+    engine.prune(CSP(40))
+    again = bytearray()
+    snapshot.cache.write(again.extend)
+    assert again == data
     engine.restore(snapshot)
     again, same = go_on()
     for a, b in zip(once.layers, again.layers, strict=True):
         np.testing.assert_array_equal(np.stack(a.kept), np.stack(b.kept))
     np.testing.assert_array_equal(logits, same)
     engine.close()
+
+
+def open_files(folder):
+    return [
+        os.path.realpath(link)
+        for link in Path("/proc/self/fd").iterdir()
+        if os.path.realpath(link).startswith(str(folder))
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_the_file_is_gone_with_the_engine(demo_paths, tmp_path):
+    engine = engine_on(demo_paths, recall="f16", recall_folder=str(tmp_path))
+    prefill(engine)
+    engine.prune(CSP(40))
+    assert not list(tmp_path.iterdir())
+    assert len(open_files(tmp_path)) == 1
+    snapshot = engine.snapshot()
+    engine.close()
+    # the snapshot's cells are in it
+    assert len(open_files(tmp_path)) == 1
+    del snapshot
+    assert not open_files(tmp_path)
+
+
+def test_a_disk_that_is_full(demo_paths, tmp_path):
+    resource = pytest.importorskip("resource")
+    engine = engine_on(demo_paths, recall="f16", recall_folder=str(tmp_path))
+    prefill(engine)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, old[1]))
+    try:
+        with pytest.raises(CspEdgeError, match="file of evicted cells can't be .*: File too large"):
+            engine.prune(CSP(40))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert engine.n_tokens == 0
+    prefill(engine)
+    engine.prune(CSP(40))
+    probe(engine)
+    assert recall(engine, CSP(40), (40, 8, 4)).n_kept == 40
+    engine.close()
+
+
+def test_a_folder_that_is_none(demo_paths, tmp_path, monkeypatch):
+    folder = tmp_path / "none"
+    with pytest.raises(MemoryLimitError, match=f"in {folder}: No such file.*let TMPDIR name"):
+        engine_on(demo_paths, recall="f16", recall_folder=str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    with pytest.raises(MemoryLimitError, match="let TMPDIR name"):
+        EdgeVLM.demo(memory="16GiB", recall=True)
+    # it is there alone that recall needs one
+    EdgeVLM.demo(memory="16GiB").close()
+    EdgeVLM.demo(recall=True).close()
+
+
+def test_a_file_takes_no_more_tokens_than_were_planned_for(demo_paths, tmp_path):
+    options = {"recall": "f16", "max_cells": 256}
+    for folder, most in (None, 4096), (str(tmp_path), 512):
+        engine = engine_on(demo_paths, recall_folder=folder, **options)
+        policy = CSP(0.3)
+        assert engine._n_pos_max == 4096
+        engine.prefill(engine.tokenizer.tokenize(["a b " * 50]), window=8, policy=policy)
+        assert engine.room == most - engine.n_tokens
+        longer = engine.tokenizer.tokenize(["a b " * 400])
+        assert longer.n_tokens > 512
+        if folder is None:
+            engine.prefill(longer, window=8, policy=policy)
+        else:
+            with pytest.raises(PromptError, match="beyond the context of 512"):
+                engine.prefill(longer, window=8, policy=policy)
+        engine.close()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen2vl"])

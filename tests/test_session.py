@@ -347,7 +347,7 @@ def test_another_version(saved, tmp_path):
     data = bytearray(saved[0].read_bytes())
     struct.pack_into("<I", data, 8, 1)
     (tmp_path / "talk.csp").write_bytes(data)
-    with pytest.raises(SessionError, match="a session of version 1, this csp-edge reads 2"):
+    with pytest.raises(SessionError, match="a session of version 1, this csp-edge reads 3"):
         load(tmp_path / "talk.csp")
 
 

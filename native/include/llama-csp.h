@@ -158,8 +158,9 @@ extern "C" {
 
     // from now on copy every cell that is evicted to the host, as this type: GGML_TYPE_F16, or any that rows can be
     // quantized to. for llama_csp_recall(). what a policy would merge is not merged, as nothing is lost
-    // returns false if something was evicted already, or the type won't do
-    LLAMA_API bool llama_csp_keep_evicted(struct llama_csp * csp, enum ggml_type type);
+    // fd: -1: to its memory, else to this open file, which is ours from its beginning on. it is duplicated. POSIX only
+    // returns false if something was evicted already, or the type or the file won't do
+    LLAMA_API bool llama_csp_keep_evicted(struct llama_csp * csp, enum ggml_type type, int fd);
 
     // choose anew among all cells that the sequence ever had, evicted ones included, by the observed queries: those of
     // a new question, from llama_csp_probe()
