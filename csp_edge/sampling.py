@@ -20,6 +20,19 @@ from csp_edge.policies.base import is_number
 _PENALTY_LAST_N = 64
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
+# where a JSON schema holds others: by a name, and as they are
+_SCHEMAS_BY_NAME = frozenset({"properties", "$defs", "definitions"})
+_SCHEMAS = frozenset({"items", "prefixItems", "additionalProperties", "oneOf", "anyOf", "allOf"})
+# of its keywords, what the converter takes no notice of
+_SCHEMA_UNKNOWN = frozenset(
+    """
+    minimum maximum exclusiveMinimum exclusiveMaximum multipleOf uniqueItems contains minContains
+    maxContains minProperties maxProperties patternProperties propertyNames dependentRequired
+    dependentSchemas dependencies unevaluatedItems unevaluatedProperties not if then else
+    """.split()
+)
+_SCHEMA_FORMATS = r"uuid[1-5]?|date|time|date-time"
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -188,7 +201,7 @@ def schema_to_grammar(schema: str | Mapping[str, Any]) -> str:
         parsed = json.loads(text)
         if not isinstance(parsed, dict):
             raise OptionError(f"json_schema={schema!r}: give an object")
-        _check_counts(parsed)
+        _check_schema(parsed)
         grammar: str = json_schema_to_gbnf(text)
     except OptionError:
         raise
@@ -199,14 +212,16 @@ def schema_to_grammar(schema: str | Mapping[str, Any]) -> str:
     return grammar
 
 
-def _check_counts(schema: Any) -> None:
-    """The converter writes out what comes so often, however often that is."""
-    if isinstance(schema, list):
-        for value in schema:
-            _check_counts(value)
+def _check_schema(schema: Any) -> None:
+    """The converter leaves out what it doesn't know, and writes out what comes often."""
     if not isinstance(schema, dict):
         return
     for name, value in schema.items():
+        is_unknown = name == "format" and not re.fullmatch(_SCHEMA_FORMATS, str(value))
+        if value is not False and (is_unknown or name in _SCHEMA_UNKNOWN):
+            raise OptionError(
+                f"json_schema: {name}={value!r} can't be kept to: leave it out, check the answer"
+            )
         counts = []
         if name in ("minLength", "maxLength", "minItems", "maxItems"):
             counts = re.findall(r"\d+", str(value)) if isinstance(value, int) else []
@@ -217,7 +232,12 @@ def _check_counts(schema: Any) -> None:
                 raise OptionError(
                     f"json_schema: {name}={value!r}: repeat {gbnf.MAX_REPETITIONS} times at most"
                 )
-        _check_counts(value)
+        if name in _SCHEMAS_BY_NAME and isinstance(value, dict):
+            value = [*value.values()]
+        elif name not in _SCHEMAS:
+            continue
+        for part in value if isinstance(value, list) else [value]:
+            _check_schema(part)
 
 
 def _chain(vocab: Any, n_vocab: int, sampling: Sampling) -> Any:

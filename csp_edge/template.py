@@ -1,6 +1,9 @@
 """Messages, and the prompt that a model's chat template makes of them."""
 
+import functools
+import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -294,15 +297,60 @@ class ChatTemplate:
 class _Environment(ImmutableSandboxedEnvironment):
     """A sandbox that computes no huge numbers or strings either."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters = {name: _within_limits(name, f) for name, f in self.filters.items()}
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         sequences = [x for x in (left, right) if isinstance(x, Sized)]
         counts = [x for x in (left, right) if isinstance(x, int)]
-        n_chars = len(sequences[0]) * counts[0] if sequences and counts else 0
+        n_chars = 0
+        if operator == "*" and sequences and counts:
+            n_chars = len(sequences[0]) * counts[0]
+        elif operator == "+":
+            n_chars = sum(map(len, sequences))
+        elif operator == "%" and isinstance(left, str):
+            n_chars = _width(left)
         if operator == "**" or n_chars > MAX_PROMPT_CHARS:
-            raise TemplateError(f"the chat template is broken: {operator} is too expensive")
+            raise _too_expensive(operator)
         return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Context, function: Any, *args: Any, **options: Any) -> Any:
+        name = getattr(function, "__name__", "a call")
+        _check_amounts(name, (*args, *options.values()))
+        if name in ("format", "format_map"):
+            method = inspect.unwrap(function)  # of the sandbox's own
+            _check_amounts(name, [_width(str(getattr(method, "__self__", "")))])
+        return super().call(context, function, *args, **options)
+
+
+def _within_limits(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # jinja's marks, too
+    def call(*args: Any, **options: Any) -> Any:
+        _check_amounts(name, (*args, *options.values()))
+        if name == "format" and args:
+            _check_amounts(name, [_width(str(args[0]))])
+        return function(*args, **options)
+
+    return call
+
+
+def _check_amounts(name: str, values: Iterable[Any]) -> None:
+    """Numbers may say how wide something is to be."""
+    if any(isinstance(value, int) and value > MAX_PROMPT_CHARS for value in values):
+        raise _too_expensive(name)
+
+
+def _width(form: str) -> int:
+    """The largest number in a format: a width, maybe, which may also come as an argument."""
+    numbers = [int(n[:10]) for n in re.findall(r"\d+", form)]
+    return MAX_PROMPT_CHARS + 1 if "%*" in form else max(numbers, default=0)
+
+
+def _too_expensive(name: str) -> TemplateError:
+    return TemplateError(f"the chat template is broken: {name} is too expensive")
 
 
 class _Generation(Extension):

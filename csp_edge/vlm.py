@@ -253,8 +253,9 @@ class EdgeVLM:
         n_ctx: cells that the KV cache may grow to. None: as many as the model knows positions.
         max_cells: cells that the KV cache never exceeds, however long the prompt is: what doesn't
             fit is pruned while the prompt is read, and while the answer is written.
-        recall: keep what is evicted, in the host's memory or a file, and let each question choose anew among
-            all that there ever was. A type as for kv_type to keep it in; True: kv_type.
+        recall: keep what is evicted, in the host's memory or, with `memory`, in a file, and let
+            each question choose anew among all that there ever was. A type as for kv_type to keep
+            it in; True: kv_type.
         n_threads: None: one for each CPU.
         n_gpu_layers: layers to offload, -1: all. None: all if there are RPC servers, else none.
         rpc: "host:port" of RPC servers (csp-edge rpc-server), which share the offloaded layers with

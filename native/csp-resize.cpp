@@ -247,14 +247,20 @@ void llama_csp::reserve() {
 
     reset_graphs();
 
-    // as llama_context::sched_reserve(), for one graph. anew, as the buffers of a scheduler only grow
-    ctx.sched.reset(ggml_backend_sched_new(ctx.backend_ptrs.data(), ctx.backend_buft.data(), ctx.backend_ptrs.size(),
-            ctx.graph_max_nodes(n_tokens), cparams.pipeline_parallel, cparams.op_offload));
+    // anew, as the buffers of a scheduler only grow
+    const auto new_sched = [&] {
+        ctx.sched.reset(ggml_backend_sched_new(ctx.backend_ptrs.data(), ctx.backend_buft.data(), ctx.backend_ptrs.size(),
+                ctx.graph_max_nodes(n_tokens), cparams.pipeline_parallel, cparams.op_offload));
+    };
 
+    new_sched();
+
+    // as llama_context::sched_reserve(), for one graph
     const auto mctx = ctx.get_memory()->init_full();
 
     if (!ctx.graph_reserve(n_tokens, cparams.n_seq_max, std::min(n_tokens, cparams.n_outputs_max), mctx.get())) {
-        throw std::runtime_error("no memory for the compute buffers");
+        // the next llama_decode() plans its graph by itself, and fails if there still is no memory
+        new_sched();
     }
 
     csp_trim();

@@ -314,7 +314,8 @@ struct llama_csp {
     void resize_cache(llama_kv_cache & cache, uint32_t n_cells);
     void resize_swa();
 
-    // plan the graphs of the context again, in buffers as small as they can be
+    // plan the graphs of the context again, in buffers as small as they can be. where these don't fit, the next
+    // llama_decode() says so
     void reserve();
 
     static void set_n_ctx(llama_context & ctx, uint32_t n_ctx);

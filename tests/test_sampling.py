@@ -1,4 +1,5 @@
 import random
+import re
 
 import numpy as np
 import pytest
@@ -242,7 +243,9 @@ def test_a_json_schema_becomes_a_grammar(sampler):
         "type": "object",
         "properties": {
             "colour": {"enum": ["red", "blue"]},
-            "n": {"type": "integer", "minimum": 1, "maximum": 20},
+            "n": {"type": "integer"},
+            # names, and data, that read like keywords
+            "minimum": {"const": {"format": "any"}, "default": {"not": 3}},
             "tags": {"type": "array", "items": {"type": "string", "maxLength": 5}, "maxItems": 3},
             "at": {"type": "string", "format": "date-time"},
             "child": {"$ref": "#/definitions/child"},
@@ -270,6 +273,22 @@ def test_a_json_schema_becomes_a_grammar(sampler):
 )
 def test_broken_schemas(schema):
     with pytest.raises(OptionError, match="json_schema"):
+        schema_to_grammar(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "name"),
+    [
+        ({"type": "integer", "minimum": 3}, "minimum=3"),
+        ({"type": "object", "properties": {"a": {"format": "email"}}}, "format='email'"),
+        ({"type": "array", "items": {"multipleOf": 2}}, "multipleOf=2"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems=True"),
+        ({"anyOf": [{"type": "object", "patternProperties": {"a": {}}}]}, "patternProperties="),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "string", "not": {}}}}, "not="),
+    ],
+)
+def test_what_a_grammar_would_not_keep_to(schema, name):
+    with pytest.raises(OptionError, match=re.escape(name) + ".*can't be kept to: leave it out"):
         schema_to_grammar(schema)
 
 

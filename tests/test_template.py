@@ -295,7 +295,19 @@ def test_template_that_loses_pictures() -> None:
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "is broken: RecursionError"),
         ("{{ 10 ** 10 ** 10 }}", "too expensive"),
         ("{{ 'a' * 10 * 1000000000 }}", "too expensive"),
-        ("{{ range(1000000000) }}", "is broken: OverflowError"),
+        (
+            "{% set n = namespace(x='a' * 10000000) %}"
+            "{% for i in range(20) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            r"\+ is too expensive",
+        ),
+        ("{{ '%1000000000d' % 1 }}", "% is too expensive"),
+        ("{{ '%*d' % (1000000000, 1) }}", "% is too expensive"),
+        ("{{ '%1000000000d' | format(1) }}", "format is too expensive"),
+        ("{{ '{:1000000000d}'.format(1) }}", "format is too expensive"),
+        ("{{ '{:{n}d}'.format(1, n=1000000000) }}", "format is too expensive"),
+        ("{{ 'a'.center(1000000000) }}", "center is too expensive"),
+        ("{{ 'a' | center(width=1000000000) }}", "center is too expensive"),
+        ("{{ range(1000000000) }}", "range is too expensive"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "end"),
         (
             "{% set x = 'a' * 1000000 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
