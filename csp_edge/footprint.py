@@ -128,7 +128,7 @@ class Layout:
         self.info = describe(model, mmproj)
         self._n_gpu_layers = n_gpu_layers
         self._policy = policy
-        self._n_images = n_images
+        self.n_images = n_images
         self._recall = recall
         # all that a chat imports
         importlib.import_module("csp_edge.vlm")
@@ -188,9 +188,17 @@ class Layout:
     @property
     def n_tokens(self) -> int:
         """Of a conversation."""
-        if self._n_images is None:
+        if self.n_images is None:
             return self.info.n_ctx
-        return min(self._n_images * self.tokens_per_picture + _N_TEXT, self.info.n_ctx)
+        return min(self.n_images * self.tokens_per_picture + _N_TEXT, self.info.n_ctx)
+
+    @property
+    def n_images_most(self) -> int | None:
+        """Pictures that the model's context holds. None: it holds those of the conversation."""
+        per_picture, n_ctx = self.tokens_per_picture, self.info.n_ctx
+        if not per_picture or self.n_images is None or self.n_tokens < n_ctx:
+            return None
+        return max(0, n_ctx - _N_TEXT) // per_picture
 
     def footprint(
         self, *, n_cells: int, n_ubatch: int, kv_type: str, mmap: bool = True
@@ -215,8 +223,8 @@ class Layout:
             one = vision.n_tokens * vision.n_embd * _F32
             # within a bound, of as many tokens as it has cells
             kept = n_cells * vision.n_embd * _F32
-            if self._n_images is not None:
-                kept = min(kept, self._n_images * vision.n_tiles * one)
+            if self.n_images is not None:
+                kept = min(kept, self.n_images * vision.n_tiles * one)
             embeddings = one + min(kept, _EMBEDDING_CACHE_BYTES + one)
         vision_bytes = vision.compute + vision.work if vision else 0
         return Footprint(
@@ -263,7 +271,7 @@ class Layout:
         if not isinstance(self._policy, Policy):
             return 0
         # without pictures it may be wider, which what they would take has room for
-        has_pictures = self.projector is not None and self._n_images != 0
+        has_pictures = self.projector is not None and self.n_images != 0
         n_tokens = max(n_cells, self.info.n_ctx)
         return min(self._policy.resolve(n_tokens, has_pictures=has_pictures).window, n_cells)
 

@@ -35,6 +35,7 @@ class Plan:
 
     n_cells: at most, of the cache. n_tokens: what the conversation was taken to have; if more than
     n_cells, its cache is pruned while it is read.
+    n_images_most: pictures that the model's context holds, if it holds less than there are.
     tokens_per_picture: of the largest. max_image_tokens: that pictures have to be scaled down to.
     None: the projector's own limit.
     mmap: map the weights. Not where most of them are rearranged for this CPU: they would be in
@@ -44,6 +45,7 @@ class Plan:
     memory: int
     n_cells: int
     n_tokens: int
+    n_images_most: int | None
     tokens_per_picture: int
     max_image_tokens: int | None
     kv_type: str
@@ -67,6 +69,8 @@ class Plan:
             "GPU layers": f"{self.n_gpu_layers}",
             "weights are": "mapped" if self.mmap else "read",
         }
+        if self.n_images_most is not None:
+            rows["pictures of a conversation"] = f"{self.n_images_most:,} at most, by its context"
         sizes = {
             "program and libraries": found.program,
             "weights": found.weights,
@@ -258,6 +262,7 @@ def _choose(layout: Layout, n_bytes: int, kv_types: list[str], n_gpu_layers: int
         n_bytes,
         best.n_cells,
         n_tokens,
+        layout.n_images_most,
         layout.tokens_per_picture,
         None,
         best.kv_type,

@@ -129,6 +129,17 @@ def test_prediction_holds(name: str, demo_paths, smollm2_path, scenes) -> None:
     assert told_peak == pytest.approx(peak, rel=0.1)
 
 
+def test_pictures_beyond_the_context(demo_paths, smollm2_path) -> None:
+    found = plan(*demo_paths, "1GiB", n_images=1000)
+    assert found.n_tokens == found.n_cells == 4096
+    assert found.n_images_most == (4096 - 1024) // 64
+    assert found.rows()["pictures of a conversation"] == "48 at most, by its context"
+    fitting = plan(*demo_paths, "1GiB", n_images=47)
+    assert fitting.n_images_most is None
+    assert "pictures of a conversation" not in fitting.rows()
+    assert plan(smollm2_path, None, "1GiB", n_images=1000).n_images_most is None
+
+
 def test_plan_takes_all_where_there_is_room(demo_paths) -> None:
     found = plan(*demo_paths, "1GiB", n_images=12)
     assert found.n_cells == found.n_tokens == 12 * 64 + 1024
