@@ -88,7 +88,7 @@ def main() -> None:
             vlm = EdgeVLM.demo(max_cells=n, n_threads=args.threads)
             vlm.engine._probes = probes
             # every picture is encoded once
-            vlm.engine.embeddings = free.engine.embeddings
+            vlm.engine.encoder.embeddings = free.engine.encoder.embeddings
             vlms[name] = vlm
 
     scores, shared = defaultdict(list), defaultdict(list)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from csp_edge import EdgeVLM
-from csp_edge.vlm import ChatResult
+from csp_edge.results import ChatResult
 
 SCENES = sorted((Path(__file__).parents[1] / "csp_edge/pictures").glob("scene*.png"))
 QUESTIONS = "What is in image 2?", "What is in image 7?"

@@ -25,7 +25,9 @@ from csp_edge.errors import (
 from csp_edge.policies import CSP, Full, Policy
 
 if TYPE_CHECKING:
-    from csp_edge.vlm import CacheFigures, ChatResult, ChatStream, EdgeVLM, Timings, Usage
+    from csp_edge.results import CacheFigures, ChatResult, Timings, Usage
+    from csp_edge.stream import ChatStream
+    from csp_edge.vlm import EdgeVLM
 
 __all__ = [
     "CSP",
@@ -57,7 +59,7 @@ libraries.bind(__path__)
 def __getattr__(name: str) -> Any:
     # what needs NumPy and the libraries waits until it is asked for
     if name in __all__:
-        from csp_edge import vlm
+        from csp_edge import results, stream, vlm
 
-        return getattr(vlm, name)
+        return getattr({"EdgeVLM": vlm, "ChatStream": stream}.get(name, results), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,7 @@ from csp_edge.terminal import Progress, answer, write
 
 if TYPE_CHECKING:
     from csp_edge.model_info import ModelInfo
-    from csp_edge.vlm import ChatResult
+    from csp_edge.results import ChatResult
 
 _MAX_STDIN = 2**26  # bytes
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from csp_edge.errors import CspEdgeError, printable
 from csp_edge.images import Source, load_image
+from csp_edge.results import ChatResult
 from csp_edge.terminal import Progress, answer, write
-from csp_edge.vlm import ChatResult, EdgeVLM
+from csp_edge.vlm import EdgeVLM
 
 HELP = """\
 /image PATH   show a picture with the next question

@@ -9,8 +9,9 @@ from csp_edge.errors import OptionError
 from csp_edge.images import load_image
 from csp_edge.kept_picture import kept_picture
 from csp_edge.policies import CSP, Full
+from csp_edge.results import CacheFigures, ChatResult
 from csp_edge.terminal import Progress, answer, write
-from csp_edge.vlm import CacheFigures, ChatResult, EdgeVLM
+from csp_edge.vlm import EdgeVLM
 
 PICTURES = sorted((Path(__file__).parent / "pictures").glob("*.png"))
 # Questions in the words that the model knows, and what is right. Each conversation begins with all

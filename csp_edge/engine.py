@@ -4,43 +4,39 @@ import ctypes
 import os
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from csp_edge import native
+from csp_edge.encoder import Encoder
 from csp_edge.errors import (
     CspEdgeError,
-    ImageError,
     MemoryLimitError,
     ModelError,
     OptionError,
     PolicyError,
-    ProjectorError,
     PromptError,
 )
 from csp_edge.hook import Hook, Pruning
 from csp_edge.hook import Snapshot as CacheSnapshot
+from csp_edge.loading import Progress, check_can_chat, context_params, load_model
 from csp_edge.memory import available_memory
-from csp_edge.model_info import KV_TYPES, describe, ggml_type
+from csp_edge.model_info import describe, ggml_type
 from csp_edge.native import llama, mtmd
 from csp_edge.policies import Policy, Resolved
 from csp_edge.rpc import Servers
 from csp_edge.tokenizer import Item, Patches, Prompt, Tokenizer, count_tokens
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-
 _N_UBATCH = 512
 _N_CELLS_STEP = 256  # that a cache grows by while decoding
 _N_TOKENS_RECALL = 1024  # for so many of a conversation, one token is decoded before a recall
 _N_CTX_FIRST = 1024  # of a cache that can't grow
-_EMBEDDING_CACHE_BYTES = 64 * 2**20
 _SEQ = 0
 
 
@@ -135,7 +131,6 @@ class Engine:
         progress: Progress | None = None,
     ) -> None:
         self.model: Any = None
-        self._projector: Any = None
         self._ctx: Any = None
         self._hook: Hook | None = None
         self._batch: Any = None
@@ -158,21 +153,20 @@ class Engine:
         self.bytes_per_cell = self.info.kv_bytes_per_token  # of K and V in all layers
         self.items: list[Item] = []  # what the cache holds, evicted tokens included
         self.n_ctx: int = 0
-        # of pictures, by key, tile and tokens: float32 [n_tokens, n_embd]
-        self.embeddings: OrderedDict[tuple[bytes, int, int], npt.NDArray[np.float32]] = (
-            OrderedDict()
-        )
-        self.n_encoded = 0
-        self.encode_s = 0.0
 
         try:
             if rpc:
                 self._servers = Servers(rpc)
             self._load_model(model, mmap)
-            if mmproj is not None:
-                self._load_projector(mmproj, max_image_tokens)
+            self.encoder = Encoder(
+                mmproj,
+                self.model,
+                on_gpu=n_gpu_layers != 0,
+                n_threads=self.n_threads,
+                max_image_tokens=max_image_tokens,
+            )
             kind = self.info.projector.type if self.info.projector else ""
-            self.tokenizer = Tokenizer(model, self.model, self._projector, kind)
+            self.tokenizer = Tokenizer(model, self.model, self.encoder.handle, kind)
             self._must_prune = prune
             self._recall_type = recall
             self._recall_folder = recall_folder
@@ -185,61 +179,21 @@ class Engine:
     # loading
 
     def _load_model(self, path: Path, mmap: bool) -> None:
-        failures: list[BaseException] = []
-
-        @llama.llama_progress_callback  # type: ignore[untyped-decorator, unused-ignore]
-        def report(share: float, _: object) -> bool:
-            try:
-                self._progress("load", round(share * 100), 100)
-            except BaseException as failure:  # it can't pass through C
-                failures.append(failure)
-            return not failures
-
-        params = llama.llama_model_default_params()
-        params.n_gpu_layers = self._n_gpu_layers
-        if not mmap:
-            params.load_mode = llama.LLAMA_LOAD_MODE_NONE
-        if self._servers:
-            params.devices = self._servers.devices
-        params.progress_callback = report
-        self.model, why = native.explained(
-            llama.llama_model_load_from_file, os.fsencode(path), params
-        )
-        if failures:
-            raise failures[0]
-        if not self.model:
-            self._check_servers()
-            raise ModelError(f"{path}: llama.cpp can't load it: {why or 'unknown reason'}")
-        vocab = llama.llama_model_get_vocab(self.model)
-        if llama.llama_vocab_type(vocab) == llama.LLAMA_VOCAB_TYPE_NONE:
-            raise ModelError(f"{path}: has no vocabulary, so it can't chat: use a chat model")
-        if llama.llama_model_has_encoder(self.model) or llama.llama_model_is_diffusion(self.model):
-            raise ModelError(f"{path}: not a model that writes token by token: use a chat model")
-
+        with self._asking_servers():
+            self.model = load_model(
+                path,
+                n_gpu_layers=self._n_gpu_layers,
+                mmap=mmap,
+                devices=self._servers.devices if self._servers else None,
+                progress=self._progress,
+            )
+        check_can_chat(path, self.model)
         self._n_ctx_train: int = llama.llama_model_n_ctx_train(self.model)
         self.n_ctx_max: int = self._n_ctx or self._n_ctx_train
         if self.max_cells:
             self.max_cells = min(self.max_cells, self.n_ctx_max)
         self._n_pos_max: int = max(self.n_ctx_max, self._n_ctx_train)
         self._n_swa: int = llama.llama_model_n_swa(self.model)
-        self.n_embd: int = llama.llama_model_n_embd_inp(self.model)
-
-    def _load_projector(self, path: Path, max_image_tokens: int | None) -> None:
-        params = mtmd.mtmd_context_params_default()
-        params.image_max_tokens = max_image_tokens or params.image_max_tokens
-        params.use_gpu = self._n_gpu_layers != 0
-        params.print_timings = False
-        params.n_threads = self.n_threads
-        params.warmup = False
-        self._projector, why = native.explained(
-            mtmd.mtmd_init_from_file, os.fsencode(path), self.model, params
-        )
-        if not self._projector:
-            raise ProjectorError(f"{path}: llama.cpp can't load it: {why or 'unknown reason'}")
-        if not mtmd.mtmd_support_vision(self._projector):
-            raise ProjectorError(
-                f"{path}: this projector takes no pictures: use a vision projector"
-            )
 
     def _new_context(self, n_ubatch: int, n_ctx: int | None = None) -> None:
         """A context with a cache that grows, or, where it can't, with one of n_ctx cells."""
@@ -292,18 +246,10 @@ class Engine:
         self.n_ctx = min(n_ctx, llama.llama_n_ctx(self._ctx))
 
     def _init_context(self, n_ubatch: int, n_ctx: int, n_cells: int | None = None) -> None:
-        params = llama.llama_context_default_params()
-        params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = n_ubatch
-        params.n_seq_max = 1
-        params.n_outputs_max = 1
+        params = context_params(
+            n_ctx=n_ctx, n_ubatch=n_ubatch, kv_type=self.kv_type, on_gpu=self._n_gpu_layers != 0
+        )
         params.n_threads = params.n_threads_batch = self.n_threads
-        # compaction gathers rows of V, which only flash attention leaves in rows
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k = params.type_v = KV_TYPES[self.kv_type]
-        params.offload_kqv = self._n_gpu_layers != 0
-        params.swa_full = False
-        params.no_perf = True
         if n_cells is None:
             self._ctx, why = native.explained(llama.llama_init_from_model, self.model, params)
         else:
@@ -362,14 +308,13 @@ class Engine:
     def close(self) -> None:
         """Free everything. The engine can't be used afterwards."""
         self._free_context()
-        if self._projector:
-            mtmd.mtmd_free(self._projector)
+        if hasattr(self, "encoder"):  # not where loading failed before
+            self.encoder.close()
         if self.model:
             llama.llama_model_free(self.model)
         if self._servers:
             self._servers.close()
-        self._projector = self.model = self._servers = None
-        self.embeddings.clear()
+        self.model = self._servers = None
 
     @property
     def chat_template(self) -> str | None:
@@ -531,7 +476,8 @@ class Engine:
                 n_kept = self._probe(prompt, n_kept, window)
             if self._recall_type and self._n_evicted and policy:
                 n_kept = self._recall(prompt, n_kept, window, policy)
-            n_reused, n_encoded, encode_s = self.n_tokens, self.n_encoded, self.encode_s
+            n_reused = self.n_tokens
+            n_encoded, encode_s = self.encoder.n_encoded, self.encoder.encode_s
             if not self._is_probed:
                 # within max_cells, what is decoded after the prompt prunes, too
                 n_new = self.max_cells or prompt.n_tokens - n_reused
@@ -546,12 +492,12 @@ class Engine:
         except BaseException:
             self._recover()
             raise
-        encode_s = self.encode_s - encode_s
+        encode_s = self.encoder.encode_s - encode_s
         return Prefill(
             n_reused,
             prompt.n_tokens - n_reused,
             n_cells,
-            self.n_encoded - n_encoded,
+            self.encoder.n_encoded - n_encoded,
             encode_s,
             t1 - t0 - encode_s,
         )
@@ -691,33 +637,6 @@ class Engine:
             "shorten it, send fewer pictures, or raise n_ctx"
         )
 
-    def _embedding(self, prompt: Prompt, i: int) -> npt.NDArray[np.float32]:
-        """float32 [n_tokens, n_embd] of the picture that is item `i`."""
-        item = prompt.items[i]
-        assert isinstance(item, Patches)
-        key = (item.key, item.tile, item.n_tokens)
-        if key not in self.embeddings:
-            self.embeddings[key] = self._encode(prompt, i, item)
-        embedding = self.embeddings[key]
-        self.embeddings.move_to_end(key)
-        # within max_cells nothing grows with the number of pictures
-        n_most = self.max_cells * self.n_embd * 4 if self.max_cells else _EMBEDDING_CACHE_BYTES
-        while sum(e.nbytes for e in self.embeddings.values()) > min(n_most, _EMBEDDING_CACHE_BYTES):
-            self.embeddings.popitem(last=False)
-        return embedding
-
-    def _encode(self, prompt: Prompt, i: int, item: Patches) -> npt.NDArray[np.float32]:
-        t0 = time.perf_counter()
-        chunk = prompt.with_pixels(i)
-        code, why = native.explained(mtmd.mtmd_encode_chunk, self._projector, chunk)
-        if code != 0:
-            raise ImageError(f"picture {item.picture + 1} can't be encoded: {why}")
-        pointer = mtmd.mtmd_get_output_embd(self._projector)
-        embedding = native.array(pointer, item.n_tokens, self.n_embd).copy()
-        self.n_encoded += 1
-        self.encode_s += time.perf_counter() - t0
-        return embedding
-
     def _decode_items(self, prompt: Prompt, start: int) -> None:
         text: list[int] = []
         n_text_max = min(self._n_ubatch, (self.max_cells or 2**31) // 4)
@@ -738,7 +657,7 @@ class Engine:
                 text = []
             if isinstance(item, Patches):
                 self._progress("encode", n_encoded, n_pictures)
-                embedding = self._embedding(prompt, i)
+                embedding = self.encoder.embed(prompt, i, self.max_cells)
                 n_encoded += 1
                 self._progress("encode", n_encoded, n_pictures)
                 self._make_room_in(prompt, item.n_tokens)
@@ -777,7 +696,7 @@ class Engine:
         self._check(
             *native.explained(
                 mtmd.mtmd_helper_decode_image_chunk,
-                self._projector,
+                self.encoder.handle,
                 self._ctx,
                 handle,
                 embedding.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),

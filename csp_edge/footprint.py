@@ -13,8 +13,10 @@ from types import TracebackType
 from typing import Any
 
 from csp_edge import native
+from csp_edge.encoder import EMBEDDING_CACHE_BYTES
 from csp_edge.errors import ModelError, ProjectorError
 from csp_edge.gguf_file import BLOCKS, read_header, read_parts
+from csp_edge.loading import context_params
 from csp_edge.memory import resident_memory
 from csp_edge.model_info import KV_TYPES, describe
 from csp_edge.native import llama
@@ -29,8 +31,6 @@ _SCORE_BLOCK = 2**20
 _SCORE_QUERIES_MIN, _SCORE_QUERIES_MAX = 8, 64
 # bytes that a token takes in the lists of native/csp-recall.cpp
 _LISTED, _LISTED_IN_HEAD = 40, 24
-# of the engine's pictures that are kept encoded
-_EMBEDDING_CACHE_BYTES = 64 * 2**20
 # what only shows at work: stacks and buffers of threads, the allocator's gaps, a template's code
 _AT_WORK = 5 * 2**20
 
@@ -225,7 +225,7 @@ class Layout:
             kept = n_cells * vision.n_embd * _F32
             if self.n_images is not None:
                 kept = min(kept, self.n_images * vision.n_tiles * one)
-            embeddings = one + min(kept, _EMBEDDING_CACHE_BYTES + one)
+            embeddings = one + min(kept, EMBEDDING_CACHE_BYTES + one)
         vision_bytes = vision.compute + vision.work if vision else 0
         return Footprint(
             program=self._program,
@@ -249,17 +249,9 @@ class Layout:
         )
 
     def _measure(self, n_cells: int, n_ubatch: int, kv_type: str) -> Any:
-        # as Engine makes it
-        params = llama.llama_context_default_params()
-        params.n_ctx = n_cells
-        params.n_batch = params.n_ubatch = n_ubatch
-        params.n_seq_max = 1
-        params.n_outputs_max = 1
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k = params.type_v = KV_TYPES[kv_type]
-        params.offload_kqv = self._n_gpu_layers != 0
-        params.swa_full = False
-        params.no_perf = True
+        params = context_params(
+            n_ctx=n_cells, n_ubatch=n_ubatch, kv_type=kv_type, on_gpu=self._n_gpu_layers != 0
+        )
         ctx, _ = native.explained(llama.llama_init_from_model, self._model, params)
         if not ctx:
             return None

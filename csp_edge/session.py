@@ -91,7 +91,7 @@ def save_session(
     }
     files = {key: _file(picture) for key, picture in pictures.items()}
     held = pictures.keys() | {item.key for item in snapshot.items if isinstance(item, Patches)}
-    embeddings = {name: data for name, data in engine.embeddings.items() if name[0] in held}
+    embeddings = {name: data for name, data in engine.encoder.embeddings.items() if name[0] in held}
     projector = engine.info.projector
     name = next((name for name, kind in POLICIES.items() if type(cache) is kind), None)
     head = {
@@ -366,8 +366,8 @@ class Session:
         with self._told():
             for key, tile, n_tokens in self._head["embeddings"]:
                 name = bytes.fromhex(key), _integer(tile), _integer(n_tokens)
-                data = np.frombuffer(self._take(4 * n_tokens * engine.n_embd), np.float32)
-                engine.embeddings[name] = data.reshape(n_tokens, engine.n_embd)
+                data = np.frombuffer(self._take(4 * n_tokens * engine.encoder.n_embd), np.float32)
+                engine.encoder.embeddings[name] = data.reshape(n_tokens, engine.encoder.n_embd)
             messages = self._messages()
             try:
                 engine.restore(self._snapshot(engine, cache))

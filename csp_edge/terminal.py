@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from csp_edge.vlm import ChatResult, EdgeVLM
+    from csp_edge.results import ChatResult
+    from csp_edge.vlm import EdgeVLM
 
 _STAGES = {
     "load": "loading",

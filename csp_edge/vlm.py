@@ -4,25 +4,23 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, overload
 
-import numpy as np
-import numpy.typing as npt
-
-from csp_edge.engine import Engine, Prefill, Progress
+from csp_edge.engine import Engine
 from csp_edge.errors import CspEdgeError, OptionError, PolicyError, TemplateError
-from csp_edge.hook import Pruning
 from csp_edge.images import Pictures, Source
+from csp_edge.loading import Progress
 from csp_edge.memory import disk_folder
 from csp_edge.model_files import find_model
 from csp_edge.policies import CSP, Full, Policy
+from csp_edge.results import CacheFigures, ChatResult, pictures_of
 from csp_edge.sampling import Sampler, Sampling, TextStream, schema_to_grammar
 from csp_edge.session import Session, save_session
+from csp_edge.stream import ChatStream, Start
 from csp_edge.template import (
     ChatTemplate,
     Message,
@@ -30,211 +28,10 @@ from csp_edge.template import (
     normalize_messages,
     replace_pictures,
 )
-from csp_edge.tokenizer import Patches, Prompt
-
-FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+from csp_edge.tokenizer import Prompt
 
 _MARKER = "<__media__>"
 DEMO_MODEL = Path(__file__).parent / "models" / "csp-demo-q8_0.gguf"
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens. Of the prompt's, `image_tokens` stand for pictures; `cached_tokens` were there."""
-
-    prompt_tokens: int
-    image_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds. `first_token_s` is all of the time before the answer, but for waiting in a queue."""
-
-    encode_s: float
-    prefill_s: float
-    prune_s: float
-    first_token_s: float
-    decode_s: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True, slots=True)
-class PictureTokens:
-    """Where a picture, or a tile of it, stands in the conversation, and its grid of patches."""
-
-    picture: int
-    tile: int
-    start: int
-    n_rows: int
-    n_cols: int
-
-
-@dataclass(frozen=True, slots=True)
-class CacheFigures:
-    """The KV cache before and after pruning. Bytes are those of K and V in the cells in use.
-
-    Within max_cells, the cells before are those that there would have been without that bound.
-
-    pruning: what was kept, per layer and head. None: nothing was evicted.
-    """
-
-    policy: Policy | Full
-    cells_before: int
-    cells_after: int
-    bytes_before: int
-    bytes_after: int
-    pictures: tuple[PictureTokens, ...]
-    pruning: Pruning | None
-
-    @property
-    def kept(self) -> list[tuple[npt.NDArray[np.uint32], ...]]:
-        """For each pruned layer and KV head uint32 [its cells]: tokens of the conversation."""
-        return [layer.kept for layer in self.pruning.layers] if self.pruning else []
-
-    def patches(self) -> list[npt.NDArray[np.floating]]:
-        """For each of `pictures` float [n_rows, n_cols]: the share of heads that kept it."""
-        if not self.pruning:
-            return [np.ones((p.n_rows, p.n_cols)) for p in self.pictures]
-        heads = [kept for layer in self.kept for kept in layer]
-        share = np.bincount(np.concatenate(heads), minlength=self.pruning.n_tokens) / len(heads)
-        return [
-            share[p.start : p.start + p.n_rows * p.n_cols].reshape(p.n_rows, p.n_cols)
-            for p in self.pictures
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class ChatResult:
-    """An answer.
-
-    finish_reason: "stop": the model or a stop string ended it, or the grammar is fulfilled;
-    "length": max_tokens or the context is reached; "cancelled": the stream was closed before.
-    """
-
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    timings: Timings
-    cache: CacheFigures
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """A prompt that is in the cache, pruned, and the first token of its answer."""
-
-    messages: list[Message]
-    token: int | None
-    prompt: Prompt
-    prefill: Prefill
-    figures: CacheFigures
-    prune_s: float
-    first_token_s: float
-
-
-@dataclass(slots=True)
-class _Said:
-    """What an answer is and took so far."""
-
-    pieces: list[str]
-    n_tokens: int = 0
-    n_decoded: int = 0
-    decode_s: float = 0.0
-    reason: FinishReason = "cancelled"
-
-
-class ChatStream(Iterator[str]):
-    """An answer's pieces as they come, and its `result` once they have ended.
-
-    It can be ended early, by close() from any thread, `with`, or by letting go of it. What was said
-    until then stays in the cache.
-    """
-
-    def __init__(
-        self,
-        vlm: "EdgeVLM",
-        start: _Start,
-        sampler: Sampler,
-        text: TextStream,
-        max_tokens: int | None,
-    ) -> None:
-        self._vlm = vlm
-        self._start = start
-        self._sampler = sampler
-        self._said = _Said([])
-        # it knows nothing of the stream, which so ends as soon as nobody holds it
-        self._pieces = _pieces(vlm.engine, start.token, sampler, text, max_tokens, self._said)
-        self._lock = threading.RLock()
-        self._is_closing = False
-        self._taken_over = False
-        self.result: ChatResult | None = None
-
-    def __next__(self) -> str:
-        with self._lock:
-            if self._taken_over:
-                raise CspEdgeError("this stream was closed by a later chat on the same thread")
-            if self._is_closing:
-                self.close()
-            try:
-                piece = next(filter(None, self._pieces))
-            except BaseException:
-                self.close()
-                raise
-            self._said.pieces.append(piece)
-            return piece
-
-    def close(self) -> None:
-        """End the answer here."""
-        # a thread that reads piece after piece hardly ever leaves the lock to this one
-        self._is_closing = True
-        with self._lock:
-            if self.result is not None:
-                return
-            self._pieces.close()
-            self._sampler.close()
-            self.result = self._result()
-            answer = Message("assistant", (Text(self.result.text),))
-            self._vlm._messages = [*self._start.messages, answer]
-            self._vlm._release()
-
-    def _result(self) -> ChatResult:
-        prompt, prefill, said = self._start.prompt, self._start.prefill, self._said
-        return ChatResult(
-            "".join(said.pieces),
-            said.reason,
-            Usage(
-                prompt.n_tokens,
-                sum(item.n_tokens for item in prompt.items if isinstance(item, Patches)),
-                prefill.n_reused,
-                said.n_tokens,
-            ),
-            Timings(
-                prefill.encode_s,
-                prefill.decode_s,
-                self._start.prune_s,
-                self._start.first_token_s,
-                said.decode_s,
-                said.n_decoded / said.decode_s if said.decode_s else 0.0,
-            ),
-            self._start.figures,
-        )
-
-    def _take_over(self) -> None:
-        with self._lock:
-            self._taken_over = self.result is None
-            self.close()
-
-    def __enter__(self) -> "ChatStream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class EdgeVLM:
@@ -495,7 +292,7 @@ class EdgeVLM:
         except BaseException:
             self._release()
             raise
-        answer = ChatStream(self, start, sampler, text, max_tokens)
+        answer = ChatStream(self.engine, start, sampler, text, max_tokens, self._end)
         self._stream = weakref.ref(answer)
         if stream:
             return answer
@@ -541,7 +338,7 @@ class EdgeVLM:
         if self._owner is threading.current_thread():
             stream = self._stream and self._stream()
             if stream:
-                stream._take_over()
+                stream.take_over()
         if self._owner is threading.current_thread():
             raise CspEdgeError("this EdgeVLM is at work on this thread: wait until it has answered")
         self._lock.acquire()
@@ -553,6 +350,10 @@ class EdgeVLM:
     def _release(self) -> None:
         self._owner = None
         self._lock.release()
+
+    def _end(self, messages: list[Message]) -> None:
+        self._messages = messages
+        self._release()
 
     def _answer_lead(self) -> str:
         """What the template writes before an answer: mostly nothing, or a space."""
@@ -585,7 +386,7 @@ class EdgeVLM:
             [part for part in parts if not isinstance(part, str) or part]
         )
 
-    def _begin(self, messages: Sequence[Message], sampler: Sampler, room: int) -> _Start:
+    def _begin(self, messages: Sequence[Message], sampler: Sampler, room: int) -> Start:
         t0 = time.perf_counter()
         pictures = self._pictures.open([s for message in messages for s in message.pictures])
         messages = replace_pictures(messages, pictures)
@@ -622,10 +423,10 @@ class EdgeVLM:
             n_kept,
             round(n_cells * n_bytes),
             round((n_kept * share + n_cells * (1 - share)) * n_bytes),
-            _pictures(prompt),
+            pictures_of(prompt),
             pruning,
         )
-        return _Start(messages, token, prompt, prefill, figures, t2 - t1, t2 - t0)
+        return Start(messages, token, prompt, prefill, figures, t2 - t1, t2 - t0)
 
 
 def _close_idle(engine: Engine, lock: threading.Lock, pid: int) -> None:
@@ -664,40 +465,3 @@ def _fit(
         "max_image_tokens": planned.max_image_tokens,
         "recall_folder": disk_folder() if recall else None,
     }
-
-
-def _pieces(
-    engine: Engine,
-    token: int | None,
-    sampler: Sampler,
-    text: TextStream,
-    max_tokens: int | None,
-    said: _Said,
-) -> Generator[str]:
-    """The answer that begins with `token`. Some pieces are empty."""
-    while token is not None and not engine.tokenizer.ends(token):
-        said.n_tokens += 1
-        yield text.push(engine.tokenizer.piece(token))
-        if text.stopped:
-            break
-        if said.n_tokens == max_tokens or not engine.room:
-            said.reason = "length"
-            yield text.flush()
-            return
-        t0 = time.perf_counter()
-        engine.decode(token)
-        token = sampler.sample(engine.logits)
-        said.decode_s += time.perf_counter() - t0
-        said.n_decoded += 1
-    said.reason = "stop"
-    yield text.flush()
-
-
-def _pictures(prompt: Prompt) -> tuple[PictureTokens, ...]:
-    pictures = []
-    start = 0
-    for item in prompt.items:
-        if isinstance(item, Patches):
-            pictures.append(PictureTokens(item.picture, item.tile, start, item.n_rows, item.n_cols))
-        start += 1 if isinstance(item, int) else item.n_tokens
-    return tuple(pictures)

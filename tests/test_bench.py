@@ -426,7 +426,7 @@ def test_a_model_in_another_type(demo_paths, tmp_path):
     types = {tensor.name: tensor.tensor_type for tensor in GGUFReader(out).tensors}
     assert types["blk.0.ffn_up.weight"] == GGMLQuantizationType.Q4_0
     with closing(Engine(out, n_threads=1)) as engine:
-        assert engine.n_embd
+        assert engine.encoder.n_embd
     # nor over what is there, which may be the model
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and f"{out}: exists already" in again.stderr

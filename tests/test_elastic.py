@@ -295,8 +295,8 @@ def test_memory_is_given_back(tmp_path, demo_paths, monkeypatch):
     figures = json.loads(result.stdout)
     for n_cells, evicted, before, after, _ in figures:
         assert n_cells > 4096 and evicted > 56 * MIB
-        # with them goes what their attention was computed in
-        assert 0.95 < (before - after) / evicted < 1.1
+        # with them goes what their attention was computed in, and what the heap has free on top
+        assert 0.95 < (before - after) / evicted < 1.15
     for column in list(zip(*figures, strict=True))[3:]:  # nothing piles up
         assert max(column) - min(column) < 2 * MIB
 

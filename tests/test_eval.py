@@ -165,7 +165,7 @@ def test_one_prefill_and_one_encoding_for_many_prunings(vlm, samples, monkeypatc
 
         monkeypatch.setattr(Engine, name, record)
     columns = cells(parse_contenders("csp,snapkv:window=40"), [0.1, 0.2])
-    n_encoded = vlm.engine.n_encoded
+    n_encoded = vlm.engine.encoder.n_encoded
     list(sweep(vlm, samples[:1], columns, n_turns=1, max_tokens=2))
     # as many queries as the widest of them wants
     assert calls == [
@@ -174,7 +174,7 @@ def test_one_prefill_and_one_encoding_for_many_prunings(vlm, samples, monkeypatc
         ("redecode", 0),
         *[("restore", 0), ("prune", 0), ("redecode", 0)] * 4,
     ]
-    assert vlm.engine.n_encoded - n_encoded <= samples[0].n_pictures
+    assert vlm.engine.encoder.n_encoded - n_encoded <= samples[0].n_pictures
 
 
 def test_every_policy_is_asked_after_the_right_answers(vlm, samples):

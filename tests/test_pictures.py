@@ -115,15 +115,15 @@ def positions(chunk):
 
 
 def embedding(engine, chunk, n_tokens):
-    assert not mtmd.mtmd_encode_chunk(engine._projector, chunk)
-    pointer = mtmd.mtmd_get_output_embd(engine._projector)
-    return np.ctypeslib.as_array(pointer, (n_tokens, engine.n_embd)).copy()
+    assert not mtmd.mtmd_encode_chunk(engine.encoder.handle, chunk)
+    pointer = mtmd.mtmd_get_output_embd(engine.encoder.handle)
+    return np.ctypeslib.as_array(pointer, (n_tokens, engine.encoder.n_embd)).copy()
 
 
 def test_a_prompt_is_as_of_all_pixels_at_once(engine):
     large, small = noise(150, 64), noise(64, 80, seed=1)
     parts = ["Look:", large, "x", small, large, " and", small, "?"]
-    whole = Whole(engine._projector, parts)
+    whole = Whole(engine.encoder.handle, parts)
     with tokenize(engine, *parts) as prompt:
         expected = list(whole.items())
         n_bos = len(prompt.items) - len(expected)
@@ -139,7 +139,7 @@ def test_a_prompt_is_as_of_all_pixels_at_once(engine):
                 embedding(engine, prompt.with_pixels(i), item.n_tokens),
                 embedding(engine, other, item.n_tokens),
             )
-            assert mtmd.mtmd_encode_chunk(engine._projector, chunk)  # it holds no pixels
+            assert mtmd.mtmd_encode_chunk(engine.encoder.handle, chunk)  # it holds no pixels
         pictures = [item for item in prompt.items if isinstance(item, Patches)]
     whole.close()
     assert sorted({item.picture for item in pictures}) == [0, 1, 2, 3]
@@ -260,7 +260,7 @@ def test_a_conversation_decodes_no_picture_again(files, monkeypatch):
         assert len(decoded) == 2
         # the embedding is gone, not what the file holds
         vlm.reset()
-        vlm.engine.embeddings.clear()
+        vlm.engine.encoder.embeddings.clear()
         vlm.chat("What is in image 2?", files, max_tokens=1)
         assert len(decoded) == 4
 

@@ -128,14 +128,14 @@ def test_a_question_about_what_was_evicted(scenes):
     for recall_type in (False, True, "q8_0"):
         with EdgeVLM.demo(cache=CSP(0.1), recall=recall_type, n_threads=1) as vlm:
             first = vlm.chat(messages)
-            assert vlm.engine.n_encoded == len(scenes)
+            assert vlm.engine.encoder.n_encoded == len(scenes)
             again = [
                 *messages,
                 {"role": "assistant", "content": first.text},
                 {"role": "user", "content": others},
             ]
             second = vlm.chat(again)
-            assert vlm.engine.n_encoded == len(scenes)
+            assert vlm.engine.encoder.n_encoded == len(scenes)
             assert second.usage.cached_tokens > 64 * len(scenes)
             # as many cells as without
             assert vlm.engine.n_cells <= 0.1 * vlm.engine.n_tokens + 32

@@ -96,7 +96,7 @@ from test_session import go_on, load
 vlm = load(sys.argv[1])
 logits, result = go_on(vlm)
 digests = [hashlib.sha256(row.tobytes()).hexdigest() for row in logits]
-print(*digests, result.usage.cached_tokens, result.text, vlm.engine.n_encoded)
+print(*digests, result.usage.cached_tokens, result.text, vlm.engine.encoder.n_encoded)
 """
 
 
@@ -129,14 +129,14 @@ def test_a_conversation_that_starts_anew_encodes_nothing_while_embeddings_are_th
     path, vlm = saved
     with load(path) as again:
         text = again.chat("What is in image 1?", scenes[:4]).text
-        assert again.engine.n_encoded == 0
+        assert again.engine.encoder.n_encoded == 0
         # a picture comes from the file where its embedding does not
         again.engine.clear()
-        again.engine.embeddings.clear()
+        again.engine.encoder.embeddings.clear()
         question = {"role": "user", "content": [*again.messages[0]["content"]]}
         question["content"][-1] = {"type": "text", "text": "What is in image 1?"}
         assert again.chat([question]).text == text
-        assert again.engine.n_encoded == 4
+        assert again.engine.encoder.n_encoded == 4
 
 
 def test_pictures_from_anywhere(scenes, tmp_path):
@@ -152,14 +152,14 @@ def test_pictures_from_anywhere(scenes, tmp_path):
         with load(tmp_path / "talk.csp") as again:
             messages = [*again.messages, SQUARE]
             assert again.chat(messages).text == vlm.chat([*vlm.messages, SQUARE]).text
-            assert again.engine.n_encoded == 0
+            assert again.engine.encoder.n_encoded == 0
             again.engine.clear()
-            again.engine.embeddings.clear()
+            again.engine.encoder.embeddings.clear()
             with pytest.raises(CspEdgeError, match="picture whose file is gone"):
                 again.chat(messages)
             kept = [part for part in messages[0]["content"] if part["type"] == "image"][:3]
             again.chat([{"role": "user", "content": [*kept, {"type": "text", "text": STAR}]}])
-            assert again.engine.n_encoded == 2  # the first two are one picture
+            assert again.engine.encoder.n_encoded == 2  # the first two are one picture
 
 
 def test_a_sliding_window(demo_paths, tmp_path):
@@ -282,7 +282,7 @@ def test_a_memory_limit_is_kept(scenes, tmp_path):
             assert vlm.engine.max_cells == max_cells
             question = [*vlm.messages, {"role": "user", "content": "What is in image 2?"}]
             assert vlm.chat(question, max_tokens=4).usage.cached_tokens > 128
-            assert vlm.engine.n_encoded == 0
+            assert vlm.engine.encoder.n_encoded == 0
     with load(path, max_cells=512) as vlm:
         assert vlm.engine.max_cells == 512
     with EdgeVLM.demo(max_cells=512, n_threads=1) as vlm:
@@ -504,7 +504,7 @@ def forge_caches(kind, folder):
         vlm.chat(STAR, scenes[:2])
         vlm.save(source)
         head, rest = parts(source.read_bytes())
-        start = 4 * vlm.engine.n_embd * sum(n for *_, n in head["embeddings"])
+        start = 4 * vlm.engine.encoder.n_embd * sum(n for *_, n in head["embeddings"])
         start += sum(n for *_, n in head["pictures"])
         words = (len(rest) - start) // 4
         # the first ones are what all else depends on

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import csp_edge.engine
+import csp_edge.encoder
 import tiny_models
 from csp_edge import CSP, EdgeVLM, Full, vlm
 from csp_edge.engine import Engine
@@ -107,14 +107,14 @@ def test_messages_in_openais_shape(demo, scenes):
     png = scenes[1].read_bytes()
     uri = "data:image/png;base64," + base64.b64encode(png).decode()
     demo.chat(STAR, scenes[:2])
-    n_encoded = demo.engine.n_encoded
+    n_encoded = demo.engine.encoder.n_encoded
     for source in (str(scenes[1]), png, uri, Image.open(io.BytesIO(png)), pixels):
         assert demo.chat(STAR, [scenes[0], source]).text == "blue"
     parts = [{"type": "image_url", "image_url": {"url": uri}}] * 2
     content = [*parts, {"type": "text", "text": STAR}]
     assert demo.chat([{"role": "user", "content": content}]).text == "blue"
     # the same pictures all along, by content
-    assert demo.engine.n_encoded == n_encoded
+    assert demo.engine.encoder.n_encoded == n_encoded
 
 
 def test_exactly_one_bos(demo, smollm2):
@@ -315,11 +315,11 @@ def test_a_conversation_of_text(smollm2):
 
 def test_another_question_about_the_same_pictures_keeps_them(demo, scenes):
     first = demo.chat(STAR, scenes[:4])
-    n_encoded = demo.engine.n_encoded
+    n_encoded = demo.engine.encoder.n_encoded
     second = demo.chat(CROSS, scenes[:4])
     assert second.text == "green"
     assert 4 * 64 < second.usage.cached_tokens < first.usage.prompt_tokens
-    assert demo.engine.n_encoded == n_encoded
+    assert demo.engine.encoder.n_encoded == n_encoded
 
 
 def test_the_same_question_again_gives_the_same_answer(demo, pruned, scenes):
@@ -333,19 +333,19 @@ def test_a_picture_is_encoded_once(scenes):
         vlm.chat(STAR, scenes[:2])
         vlm.reset()
         vlm.chat(STAR, [scenes[1], scenes[1], scenes[0]])
-        assert vlm.engine.n_encoded == 2
+        assert vlm.engine.encoder.n_encoded == 2
         vlm.chat("What is in image 1?", scenes[2:3])
-        assert vlm.engine.n_encoded == 3
+        assert vlm.engine.encoder.n_encoded == 3
 
 
 def test_the_embedding_cache_is_bounded_and_drops_the_oldest(scenes, monkeypatch):
     one = 64 * 256 * 4
-    monkeypatch.setattr(csp_edge.engine, "_EMBEDDING_CACHE_BYTES", 2 * one)
+    monkeypatch.setattr(csp_edge.encoder, "EMBEDDING_CACHE_BYTES", 2 * one)
     with small(cache=Full()) as vlm:
         for picture, n_encoded in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
             vlm.chat("What is in image 1?", [scenes[picture]], max_tokens=1)
-            assert vlm.engine.n_encoded == n_encoded
-        assert sum(e.nbytes for e in vlm.engine.embeddings.values()) == 2 * one
+            assert vlm.engine.encoder.n_encoded == n_encoded
+        assert sum(e.nbytes for e in vlm.engine.encoder.embeddings.values()) == 2 * one
         # more than fits still gives right answers
         assert vlm.chat(STAR, scenes[:4]).text == "blue"
 
@@ -506,11 +506,11 @@ def test_a_conversation_survives_growth(scenes):
     with small(cache=CSP(0.2)) as vlm:
         messages = [user(STAR, scenes[:4])]
         messages += [assistant(vlm.chat(messages, max_tokens=8).text), user(SQUARE + " red" * 1500)]
-        n_encoded = vlm.engine.n_encoded
+        n_encoded = vlm.engine.encoder.n_encoded
         result = vlm.chat(messages, max_tokens=8)
         assert result.usage.cached_tokens > 4 * 64
         assert 1500 < result.cache.cells_before < result.usage.prompt_tokens
-        assert vlm.engine.n_encoded == n_encoded
+        assert vlm.engine.encoder.n_encoded == n_encoded
 
 
 def test_a_pruned_conversation_is_longer_than_its_cache(scenes):

@@ -30,7 +30,7 @@ class Ours:
         self.engine = self.vlm.engine
 
     def turn(self) -> dict[str, Any]:
-        self.engine.embeddings.clear()
+        self.engine.encoder.embeddings.clear()
         self.vlm.reset()
         return self._chat() if self.case.settings["pictures"] else self._read()
 

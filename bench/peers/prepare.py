@@ -68,7 +68,7 @@ def of_text(vlm: EdgeVLM) -> tuple[list[Window], dict[str, Any]]:
         found += windows(
             vlm.engine, "", default_text(), n_windows=n, n_prompt=n_prompt, n_continuation=n_after
         )
-    nothing = np.zeros((0, vlm.engine.n_embd), np.float32)
+    nothing = np.zeros((0, vlm.engine.encoder.n_embd), np.float32)
     texts = [
         Window(np.array(w.prompt), nothing, np.array(w.continuation), np.ones(len(w.continuation)))
         for w in found
@@ -114,7 +114,8 @@ def of_conversation(vlm: EdgeVLM, turns: list[Messages]) -> Window:
     engine.clear()
     engine.prefill(first)
     pictures = [item for item in first.items if isinstance(item, Patches)]
-    embeddings = [engine.embeddings[item.key, item.tile, item.n_tokens] for item in pictures]
+    known = engine.encoder.embeddings
+    embeddings = [known[item.key, item.tile, item.n_tokens] for item in pictures]
     return Window(_tokens(first), np.concatenate(embeddings), np.array(after), counts)
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from csp_edge.engine import Engine, Progress
+from csp_edge.engine import Engine
 from csp_edge.errors import OptionError
 from csp_edge.eval.contenders import Budget, budget_name
 from csp_edge.eval.fidelity import default_text
 from csp_edge.eval.scenes import VENDORS, draw
 from csp_edge.eval.suite import album
 from csp_edge.images import Pictures
+from csp_edge.loading import Progress
 from csp_edge.policies import CSP
 from csp_edge.tokenizer import Item, Patches, Prompt, Tokenizer
 

@@ -11,8 +11,8 @@ from csp_edge.bench.case import N_DECODE, Case, policy
 from csp_edge.bench.memory import Memory
 from csp_edge.bench.speed import Cache, Length
 from csp_edge.bench.spread import spread
-from csp_edge.engine import Progress
 from csp_edge.eval.contenders import Budget, budget_name
+from csp_edge.loading import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 
 from csp_edge.bench.case import N_ANSWER, N_DECODE, N_WARM, n_image_tokens, policy, text
-from csp_edge.engine import Engine, Progress, Snapshot
+from csp_edge.engine import Engine, Snapshot
 from csp_edge.eval.contenders import Budget
+from csp_edge.loading import Progress
 from csp_edge.policies import CSP
 from csp_edge.tokenizer import Prompt
 
@@ -133,7 +134,7 @@ def _even(engine: Engine, n_cells: int) -> Snapshot:
 
 def _read(engine: Engine, prompt: Prompt, window: int, found: Length) -> Snapshot:
     engine.clear()
-    engine.embeddings.clear()
+    engine.encoder.embeddings.clear()
     t0 = time.perf_counter()
     prefill = engine.prefill(prompt, room=N_ANSWER, window=window)
     _ = engine.logits  # there only when the device is done
