@@ -11,7 +11,8 @@ export PATH=$PWD/.venv/bin:$PATH
 policies=csp,snapkv,h2o,streaming,lookm,pyramid,adakv,random
 settings=csp:distance=0,csp:distance=16,csp:distance=64,csp:cross_ratio=0,csp:cross_ratio=0.1
 settings+=,csp:cross_ratio=0.5,csp:cross_ratio=0.9,csp:cross_ratio=1,csp:n_score=0,csp:sink=1
-settings+=,csp:sink=mass,csp:window=4,csp:window=16,csp:window=32,csp:distance=0,window=16
+settings+=,csp:sink=mass,csp:window=4,csp:window=16,csp:window=32,csp:lookahead=0,csp:lookahead=4
+settings+=,csp:lookahead=64,csp:distance=0,lookahead=0
 
 suite() { csp-edge eval --threads 1 --samples 5 "$@" > /dev/null; }
 
@@ -27,7 +28,7 @@ csp-edge eval report "$logs"/{0,1,fluent,fidelity}.jsonl -o docs/results.md --pl
 # the README's table: 8 and 16 pictures
 for seed in 0 1 2 3; do
     suite --seed $seed --images 8,16 --budgets 10%,20% \
-        --policies csp,csp:distance=0,adakv,snapkv,lookm,random --log "$logs/many$seed.jsonl" &
+        --policies "csp,csp:lookahead=0,csp:distance=0,lookahead=0,adakv,snapkv,lookm,random" --log "$logs/many$seed.jsonl" &
     ((seed % 2)) && wait
 done
 csp-edge eval report "$logs"/many{0,1,2,3}.jsonl |

@@ -70,7 +70,7 @@ def stats(result: ChatResult) -> str:
         f"tokens  {usage.prompt_tokens} of the prompt ({usage.image_tokens} of pictures, "
         f"{usage.cached_tokens} known), {usage.completion_tokens} of the answer\n"
         f"time    {timings.first_token_s:.2f} s to the first token (encode {timings.encode_s:.2f}, "
-        f"prefill {timings.prefill_s:.2f}, prune {timings.prune_s:.2f}), then "
+        f"prefill {timings.prefill_s:.2f}), {timings.prune_s:.2f} s to prune, then "
         f"{timings.tokens_per_second:.1f} tokens/s\n"
         f"cache   {cache.cells_before} -> {cache.cells_after} cells, "
         f"{cache.bytes_before / 2**20:.2f} -> {cache.bytes_after / 2**20:.2f} MiB"

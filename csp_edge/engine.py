@@ -349,6 +349,8 @@ class Engine:
         self._window = 0  # queries that it observes
         self._recent = 0  # cells that it keeps in any case
         self._is_probed = False  # those are a probe's
+        self._lookahead = 0  # queries of an answer's first tokens that it observes, too
+        self._n_ahead = 0  # tokens of an answer that were looked at, and taken back
         self._n_prompt = 0  # tokens of the conversation when it was last prefilled
         self._n_unrecalled = 0  # tokens decoded since the last recall
         self.items.clear()
@@ -437,7 +439,13 @@ class Engine:
                 self._hook.observe(n_window)
 
     def prefill(
-        self, prompt: Prompt, *, room: int = 0, window: int = 0, policy: Policy | None = None
+        self,
+        prompt: Prompt,
+        *,
+        room: int = 0,
+        window: int = 0,
+        lookahead: int = 0,
+        policy: Policy | None = None,
     ) -> Prefill:
         """Bring the cache to hold `prompt`, decoding only what it doesn't hold yet.
 
@@ -447,6 +455,7 @@ class Engine:
         Args:
             room: tokens of answer to leave room for, where n_ctx allows.
             window: observe the queries of that many last tokens, for prune().
+            lookahead: and those of that many tokens that are decoded then.
             policy: what prunes where max_cells is reached, then and while decoding.
 
         Raises:
@@ -481,10 +490,11 @@ class Engine:
             if not self._is_probed:
                 # within max_cells, what is decoded after the prompt prunes, too
                 n_new = self.max_cells or prompt.n_tokens - n_reused
-                self.observe(min(window, n_new))
+                self.observe(min(window, n_new) + lookahead)
             # the probe and the recall may have changed it
             n_cells = self.n_cells + prompt.n_tokens - self.n_tokens
             self._policy, self._window, self._recent = policy, window, recent
+            self._lookahead, self._n_ahead = lookahead, 0
             t0 = time.perf_counter()
             self._decode_items(prompt, n_kept)
             self._n_prompt = self.n_tokens
@@ -603,7 +613,7 @@ class Engine:
         if not self._is_probed:
             n_kept = self._probe(prompt, n_kept, window)
         if self._n_evicted:
-            budget, _, recent = policy.resolve(prompt.n_tokens, has_pictures=prompt.has_pictures)
+            budget, _, recent, _ = policy.resolve(prompt.n_tokens, has_pictures=prompt.has_pictures)
             budget = min(budget, self._n_cells_pruned)
             n_cells = budget + prompt.n_tokens - self.n_tokens
             self._resize(max(self._hook.n_cells, n_cells))
@@ -673,7 +683,7 @@ class Engine:
         if self._is_probed and self.n_cells + n_rest <= (self.max_cells or self.n_ctx):
             # the probe has done its work: the tokens themselves see more
             self._is_probed = False
-            self.observe(min(self._window, n_rest))
+            self.observe(min(self._window, n_rest) + self._lookahead)
 
     def _decode_text(self, tokens: list[int], *, want_logits: bool) -> None:
         batch, n_past = self._batch, self.n_past
@@ -764,10 +774,10 @@ class Engine:
     def prune(self, policy: Policy, *, inspect: bool = False) -> Pruning:
         """Prune the whole cache, by the newest queries observed since prefill() began.
 
-        That may be after some decode() calls, whose queries then count too. Observation ends with
-        it, or, within max_cells and with recall, begins anew. With recall, what was evicted before
-        can be chosen again. A budget of all cells and more evicts nothing. After an error the cache
-        is empty.
+        That may be after some decode() calls, whose queries then count too. What they decoded stays
+        beside the budget if the policy looks ahead. Observation ends with it, or, within max_cells
+        and with recall, begins anew. With recall, what was evicted before can be chosen again. A
+        budget of all cells and more evicts nothing. After an error the cache is empty.
 
         Args:
             inspect: keep queries, keys and scores too.
@@ -779,9 +789,12 @@ class Engine:
         """
         assert self._hook, "this model's cache can't be pruned"
         try:
-            budget, window, recent = self._resolve(policy)
-            budget = min(budget, self._n_cells_pruned)
-            amounts = Resolved(budget, window, min(recent, budget))
+            budget, window, recent, lookahead = self._resolve(policy)
+            n_answer = max(0, self.n_tokens - self._n_prompt) if lookahead else 0
+            n_ahead = min(self._n_ahead or n_answer, lookahead)
+            budget = min(budget + n_answer, self._n_cells_pruned)
+            recent = min(recent + n_answer, budget)
+            amounts = Resolved(budget, window + n_ahead, recent, n_ahead)
             is_recall = self._recall_type and self._n_evicted
             change = self._hook.recall if is_recall else self._hook.prune
             pruning = change(policy, amounts, inspect=inspect)
@@ -794,6 +807,21 @@ class Engine:
             self.clear()
             raise
         return pruning
+
+    def look_ahead(self, tokens: Sequence[int]) -> None:
+        """Observe the beginning of an answer after the last token, and take it back, for prune().
+
+        Args:
+            tokens: as many as prefill() was told to look ahead, or fewer.
+
+        Raises:
+            CspEdgeError: they can't be decoded.
+        """
+        assert self._hook, "this model's cache can't be pruned"
+        if tokens:
+            self._make_room(len(tokens))
+            self._hook.probe(tokens, range(self.n_past, self.n_past + len(tokens)))
+        self._n_ahead = len(tokens)
 
     def _prune_to(self, n_cells: int) -> None:
         """Make the cache hold no more than that, within max_cells."""
@@ -824,9 +852,14 @@ class Engine:
         """Whether what is decoded after a prompt prunes or recalls, too."""
         return self.max_cells is not None or self._recall_type is not None
 
+    def lookahead(self, policy: Policy) -> int:
+        """Tokens of an answer that the policy wants to see before this prompt is pruned."""
+        return self._resolve(policy).lookahead
+
     def _resolve(self, policy: Policy) -> Resolved:
         has_pictures = any(isinstance(item, Patches) for item in self.items)
-        return policy.resolve(self.n_tokens, has_pictures=has_pictures)
+        n_tokens = min(self._n_prompt, self.n_tokens) or self.n_tokens
+        return policy.resolve(n_tokens, has_pictures=has_pictures)
 
     @property
     def _n_cells_pruned(self) -> int:
@@ -923,6 +956,7 @@ class Engine:
         self._recent = snapshot.recent
         self._is_probed = snapshot.is_probed
         self._n_prompt, self._n_unrecalled = snapshot.n_prompt, snapshot.n_unrecalled
+        self._n_ahead = 0
 
 
 def _checked(name: str, value: object, low: int, high: int) -> int:

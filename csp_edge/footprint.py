@@ -265,7 +265,8 @@ class Layout:
         # without pictures it may be wider, which what they would take has room for
         has_pictures = self.projector is not None and self.n_images != 0
         n_tokens = max(n_cells, self.info.n_ctx)
-        return min(self._policy.resolve(n_tokens, has_pictures=has_pictures).window, n_cells)
+        amounts = self._policy.resolve(n_tokens, has_pictures=has_pictures)
+        return min(amounts.window + amounts.lookahead, n_cells)
 
     def _queries(self, n_cells: int) -> int:
         info = self.info

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from csp_edge import native
 from csp_edge.errors import CspEdgeError, MemoryLimitError, ModelError, OptionError, PolicyError
 from csp_edge.policies import LayerView, Policy, Resolved
+from csp_edge.policies.base import ANSWER_SHARE
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -163,7 +164,8 @@ class Hook:
         """Score, select and compact.
 
         Args:
-            amounts: the policy's own, by policy.resolve(), or others.
+            amounts: the policy's own, by policy.resolve(), or others. The window then is all that
+                scores, and lookahead how many of its queries the answer has.
 
         Raises:
             PolicyError: the policy chose nonsense.
@@ -174,7 +176,10 @@ class Hook:
 
     def _change(self, change: Any, policy: Policy, amounts: Resolved, inspect: bool) -> Pruning:
         params = native.csp_default_params()
-        params.budget, params.window, params.recent = amounts
+        params.budget, params.window, params.recent, n_ahead = amounts
+        if n_ahead:
+            # the prompt's last token asks for the answer's first
+            params.n_answer, params.answer = n_ahead + 1, ANSWER_SHARE
         params.n_score = policy.n_score
         if policy.sink == "mass":
             params.sink = native.SINK_MASS

@@ -121,6 +121,8 @@ class CspParams(ctypes.Structure):
         ("budget", ctypes.c_uint32),
         ("recent", ctypes.c_uint32),
         ("window", ctypes.c_uint32),
+        ("n_answer", ctypes.c_uint32),
+        ("answer", ctypes.c_float),
         ("n_score", ctypes.c_float),
         ("n_decode", ctypes.c_float),
         ("sink", ctypes.c_int),

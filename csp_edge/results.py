@@ -25,7 +25,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds. `first_token_s` is all of the time before the answer, but for waiting in a queue."""
+    """Seconds. `first_token_s` is all of the time before the answer, but for waiting in a queue.
+
+    A policy that looks ahead prunes after that.
+    """
 
     encode_s: float
     prefill_s: float
@@ -50,12 +53,16 @@ class PictureTokens:
 class CacheFigures:
     """The KV cache before and after pruning. Bytes are those of K and V in the cells in use.
 
-    Within max_cells, the cells before are those that there would have been without that bound.
+    All figures are of the prompt. Within max_cells, the cells before are those that there would
+    have been without that bound.
 
-    pruning: what was kept, per layer and head. None: nothing was evicted.
+    n_tokens: of the prompt.
+    pruning: what was kept, per layer and head, of an answer that had begun, too. None: nothing was
+        evicted.
     """
 
     policy: Policy | Full
+    n_tokens: int
     cells_before: int
     cells_after: int
     bytes_before: int
@@ -65,15 +72,16 @@ class CacheFigures:
 
     @property
     def kept(self) -> list[tuple[npt.NDArray[np.uint32], ...]]:
-        """For each pruned layer and KV head uint32 [its cells]: tokens of the conversation."""
-        return [layer.kept for layer in self.pruning.layers] if self.pruning else []
+        """For each pruned layer and KV head uint32 [its cells]: tokens of the prompt."""
+        layers = self.pruning.layers if self.pruning else ()
+        return [tuple(head[head < self.n_tokens] for head in layer.kept) for layer in layers]
 
     def patches(self) -> list[npt.NDArray[np.floating]]:
         """For each of `pictures` float [n_rows, n_cols]: the share of heads that kept it."""
         if not self.pruning:
             return [np.ones((p.n_rows, p.n_cols)) for p in self.pictures]
         heads = [kept for layer in self.kept for kept in layer]
-        share = np.bincount(np.concatenate(heads), minlength=self.pruning.n_tokens) / len(heads)
+        share = np.bincount(np.concatenate(heads), minlength=self.n_tokens) / len(heads)
         return [
             share[p.start : p.start + p.n_rows * p.n_cols].reshape(p.n_rows, p.n_cols)
             for p in self.pictures

@@ -16,14 +16,20 @@ from csp_edge.tokenizer import Patches, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A prompt that is in the cache, pruned, and the first token of its answer."""
+    """A prompt that is in the cache, and the first token of its answer.
+
+    lookahead: tokens of the answer that come before prune(), or, if it is shorter, all.
+    prune: what it did, and the seconds that it took. False: it is not to do anything.
+    pruned: the same, where nothing is looked at ahead.
+    """
 
     messages: list[Message]
     token: int | None
     prompt: Prompt
     prefill: Prefill
-    figures: CacheFigures
-    prune_s: float
+    lookahead: int
+    prune: Callable[[bool], tuple[CacheFigures, float]]
+    pruned: tuple[CacheFigures, float] | None
     first_token_s: float
 
 
@@ -36,6 +42,7 @@ class _Said:
     n_decoded: int = 0
     decode_s: float = 0.0
     reason: FinishReason = "cancelled"
+    pruned: tuple[CacheFigures, float] | None = None
 
 
 class ChatStream(Iterator[str]):
@@ -60,9 +67,9 @@ class ChatStream(Iterator[str]):
         self._start = start
         self._sampler = sampler
         self._end = end
-        self._said = _Said([])
+        self._said = _Said([], pruned=start.pruned)
         # it knows nothing of the stream, which so ends as soon as nobody holds it
-        self._pieces = _pieces(engine, start.token, sampler, text, max_tokens, self._said)
+        self._pieces = _pieces(engine, start, sampler, text, max_tokens, self._said)
         self._lock = threading.RLock()
         self._is_closing = False
         self._taken_over = False
@@ -76,7 +83,12 @@ class ChatStream(Iterator[str]):
                 self.close()
             try:
                 piece = next(filter(None, self._pieces))
+            except StopIteration:
+                self.close()
+                raise
             except BaseException:
+                # nothing is left to prune by
+                self._said.pruned = self._said.pruned or self._start.prune(False)
                 self.close()
                 raise
             self._said.pieces.append(piece)
@@ -90,12 +102,18 @@ class ChatStream(Iterator[str]):
             if self.result is not None:
                 return
             self._pieces.close()
-            self._sampler.close()
-            self.result = self._result()
-            answer = Message("assistant", (Text(self.result.text),))
-            self._end([*self._start.messages, answer])
+            try:
+                figures, prune_s = self._said.pruned or self._start.prune(True)
+            except BaseException:
+                figures, prune_s = self._start.prune(False)
+                raise
+            finally:
+                self._sampler.close()
+                self.result = self._result(figures, prune_s)
+                answer = Message("assistant", (Text(self.result.text),))
+                self._end([*self._start.messages, answer])
 
-    def _result(self) -> ChatResult:
+    def _result(self, figures: CacheFigures, prune_s: float) -> ChatResult:
         prompt, prefill, said = self._start.prompt, self._start.prefill, self._said
         return ChatResult(
             "".join(said.pieces),
@@ -109,12 +127,12 @@ class ChatStream(Iterator[str]):
             Timings(
                 prefill.encode_s,
                 prefill.decode_s,
-                self._start.prune_s,
+                prune_s,
                 self._start.first_token_s,
                 said.decode_s,
                 said.n_decoded / said.decode_s if said.decode_s else 0.0,
             ),
-            self._start.figures,
+            figures,
         )
 
     def take_over(self) -> None:
@@ -137,13 +155,14 @@ class ChatStream(Iterator[str]):
 
 def _pieces(
     engine: Engine,
-    token: int | None,
+    start: Start,
     sampler: Sampler,
     text: TextStream,
     max_tokens: int | None,
     said: _Said,
 ) -> Generator[str]:
-    """The answer that begins with `token`. Some pieces are empty."""
+    """The answer from its first token on. Some pieces are empty."""
+    token = start.token
     while token is not None and not engine.tokenizer.ends(token):
         said.n_tokens += 1
         yield text.push(engine.tokenizer.piece(token))
@@ -158,5 +177,7 @@ def _pieces(
         token = sampler.sample(engine.logits)
         said.decode_s += time.perf_counter() - t0
         said.n_decoded += 1
+        if said.n_decoded == start.lookahead:
+            said.pruned = start.prune(True)
     said.reason = "stop"
     yield text.flush()

@@ -5,18 +5,19 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
-from csp_edge.engine import Engine
+from csp_edge.engine import Engine, Prefill
 from csp_edge.errors import CspEdgeError, OptionError, PolicyError, TemplateError
 from csp_edge.images import Pictures, Source
 from csp_edge.loading import Progress
 from csp_edge.memory import disk_folder
 from csp_edge.model_files import find_model
-from csp_edge.policies import CSP, Full, Policy
+from csp_edge.policies import CSP, Full, Policy, Resolved
 from csp_edge.results import CacheFigures, ChatResult, pictures_of
 from csp_edge.sampling import Sampler, Sampling, TextStream, schema_to_grammar
 from csp_edge.session import Session, save_session
@@ -392,41 +393,54 @@ class EdgeVLM:
         messages = replace_pictures(messages, pictures)
         with self.tokenize(messages) as prompt:
             policy = self.cache if isinstance(self.cache, Policy) else None
-            budget = window = 0
+            amounts = Resolved(0, 0, 0)
             if policy:
-                budget, window, _ = policy.resolve(
-                    prompt.n_tokens, has_pictures=prompt.has_pictures
-                )
-                if budget >= prompt.n_tokens and not self.engine.max_cells:
-                    policy, window = None, 0
-            prefill = self.engine.prefill(prompt, room=room, window=window, policy=policy)
+                amounts = policy.resolve(prompt.n_tokens, has_pictures=prompt.has_pictures)
+                if amounts.budget >= prompt.n_tokens and not self.engine.max_cells:
+                    policy, amounts = None, Resolved(0, 0, 0)
+            prefill = self.engine.prefill(
+                prompt,
+                room=room,
+                window=amounts.window,
+                lookahead=amounts.lookahead,
+                policy=policy,
+            )
         for picture in pictures:
             picture.hold(None)
         # drawn from the whole prompt: pruning takes nothing from the first token
         token = sampler.sample(self.engine.logits)
 
-        t1 = time.perf_counter()
-        pruning = None
-        if policy and (budget < prefill.n_cells or self.engine.n_cells < prefill.n_cells):
-            pruning = self.engine.prune(policy)
-        elif not self.engine.keeps_observing:
+        is_pruned = amounts.budget < prefill.n_cells or self.engine.n_cells < prefill.n_cells
+        if not is_pruned and not self.engine.keeps_observing:
             self.engine.observe(0)
-        t2 = time.perf_counter()
+        prune = partial(self._prune, policy if is_pruned else None, prompt, prefill)
+        lookahead = amounts.lookahead if is_pruned else 0
+        pruned = None if lookahead else prune(True)
+        first_token_s = time.perf_counter() - t0
+        return Start(messages, token, prompt, prefill, lookahead, prune, pruned, first_token_s)
 
-        n_cells, n_kept = prefill.n_cells, self.engine.n_cells
+    def _prune(
+        self, policy: Policy | None, prompt: Prompt, prefill: Prefill, is_due: bool
+    ) -> tuple[CacheFigures, float]:
+        """What it did to the prompt's cells, and the seconds that it took."""
+        t0 = time.perf_counter()
+        n_answer = self.engine.n_tokens - prompt.n_tokens
+        pruning = self.engine.prune(policy) if policy and is_due else None
+        seconds = time.perf_counter() - t0
+        n_cells, n_kept = prefill.n_cells, max(0, self.engine.n_cells - n_answer)
         n_bytes = self.engine.bytes_per_cell
         # layers with a sliding window are not pruned
         share = len(pruning.layers) / self.engine.info.n_layer if pruning else 1.0
-        figures = CacheFigures(
+        return CacheFigures(
             self.cache,
+            prompt.n_tokens,
             n_cells,
             n_kept,
             round(n_cells * n_bytes),
             round((n_kept * share + n_cells * (1 - share)) * n_bytes),
             pictures_of(prompt),
             pruning,
-        )
-        return Start(messages, token, prompt, prefill, figures, t2 - t1, t2 - t0)
+        ), seconds
 
 
 def _close_idle(engine: Engine, lock: threading.Lock, pid: int) -> None:

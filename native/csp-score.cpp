@@ -224,9 +224,9 @@ static std::vector<float> csp_get(const ggml_tensor * t) {
     return res;
 }
 
-// the next block of the rows from i on
-static std::vector<int32_t> csp_block(const std::vector<int32_t> & rows, size_t i, size_t n) {
-    return { rows.begin() + i, rows.begin() + std::min(i + n, rows.size()) };
+// the next block of the rows from i on, up to end
+static std::vector<int32_t> csp_block(const std::vector<int32_t> & rows, size_t i, size_t n, size_t end) {
+    return { rows.begin() + i, rows.begin() + std::min(i + n, end) };
 }
 
 void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int32_t> & rows, const llama_csp_params & params, std::vector<head_cells> & heads) {
@@ -239,8 +239,24 @@ void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int3
 
     std::vector<float> keys; // [n_pad][n_head_kv][n_embd_head_k]
 
-    for (size_t i_block = 0; i_block < rows.size(); i_block += n_block) {
-        csp_attn_graph graph(*this, l, cells, csp_block(rows, i_block, n_block), params.n_score);
+    // the queries of the answer come last, in blocks of their own
+    const size_t n_answer = std::min<size_t>(params.n_answer, rows.size());
+    const size_t n_before = rows.size() - n_answer;
+
+    const bool is_weighted = n_answer > 0 && n_before > 0;
+
+    for (size_t i_block = 0, i_end; i_block < rows.size(); i_block = i_end) {
+        const size_t end = i_block < n_before ? n_before : rows.size();
+
+        i_end = std::min<size_t>(i_block + n_block, end);
+
+        // mean over the queries: 1
+        float weight = 1.0f;
+        if (is_weighted) {
+            weight = i_block < n_before ? (1.0f - params.answer)*rows.size()/n_before : params.answer*rows.size()/n_answer;
+        }
+
+        csp_attn_graph graph(*this, l, cells, csp_block(rows, i_block, n_block, end), params.n_score);
 
         graph.build_sums();
 
@@ -265,7 +281,7 @@ void llama_csp::score(layer & l, const cell_list & cells, const std::vector<int3
             const auto data = csp_get(graph.sums[m]);
 
             for (size_t i = 0; i < data.size(); ++i) {
-                sums[m][i] += data[i];
+                sums[m][i] += weight*data[i];
             }
         }
 
@@ -319,7 +335,7 @@ std::vector<float> llama_csp::measure(
     std::vector<uint32_t> n_seen(l.n_head, 0); // queries that see a cell that is evicted
 
     for (size_t i_block = 0; i_block < rows.size(); i_block += n_block) {
-        csp_attn_graph graph(*this, l, cells, csp_block(rows, i_block, n_block), params.n_score);
+        csp_attn_graph graph(*this, l, cells, csp_block(rows, i_block, n_block, rows.size()), params.n_score);
 
         ggml_set_output(graph.logits);
         ggml_set_output(graph.attn);

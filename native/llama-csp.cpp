@@ -354,6 +354,9 @@ void llama_csp::check(const llama_csp_params & params) {
     if (!(params.n_score >= 0.0f) || std::isinf(params.n_score)) {
         throw std::invalid_argument(format("n_score = %g is not a finite number from 0 on", params.n_score));
     }
+    if (!(params.answer >= 0.0f && params.answer <= 1.0f)) {
+        throw std::invalid_argument(format("answer = %g is not a number from 0 to 1", params.answer));
+    }
     if (params.sink < LLAMA_CSP_SINK_NONE || params.sink > LLAMA_CSP_SINK_MASS) {
         throw std::invalid_argument(format("sink = %d is not a llama_csp_sink", params.sink));
     }
@@ -612,6 +615,8 @@ llama_csp_params llama_csp_default_params(void) {
         /*.budget          =*/ 0,
         /*.recent          =*/ 0,
         /*.window          =*/ 0,
+        /*.n_answer        =*/ 0,
+        /*.answer          =*/ 0.0f,
         /*.n_score         =*/ 1.0f,
         /*.n_decode        =*/ 1.0f,
         /*.sink            =*/ LLAMA_CSP_SINK_NONE,

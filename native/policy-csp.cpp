@@ -24,10 +24,10 @@ static double csp_distance(const int8_t * modality, size_t n) {
     return std::find(modality, modality + n, LLAMA_CSP_MODALITY_MEDIA) != modality + n ? 32.0 : 0.0;
 }
 
-// draws one by one: the value of a cell falls with every key that is drawn near it
+// draws one by one: the value of a cell falls with every key that is drawn near it, and the further the more are drawn
 struct csp_distant_draw {
     csp_distant_draw(const llama_csp_view & view, uint32_t h, double lambda) :
-        keys(view, h), lambda(lambda), cosine(view.n_cells, 0.0), n_seen(view.n_cells, 0) {
+        keys(view, h), lambda(lambda), n_recent(view.recent), cosine(view.n_cells, 0.0), n_seen(view.n_cells, 0) {
         for (uint32_t i = view.n_cells - view.recent; i < view.n_cells; ++i) {
             keys.add(i);
         }
@@ -37,7 +37,9 @@ struct csp_distant_draw {
     double value(double score, uint32_t i) const {
         constexpr double least = std::numeric_limits<float>::min();
 
-        return std::log(score > least ? score : least) - lambda*cosine[i]*cosine[i];
+        const double n_drawn = keys.added.size() - n_recent;
+
+        return std::log(score > least ? score : least) - lambda*n_drawn/(n_drawn + 4.0)*cosine[i]*cosine[i];
     }
 
     std::vector<uint32_t> operator()(std::vector<uint32_t> & cand, uint32_t n, const std::vector<double> & score) {
@@ -93,6 +95,7 @@ struct csp_distant_draw {
 
     csp_keys     keys; // added: the recent cells, then those drawn
     const double lambda;
+    const size_t n_recent;
 
     std::vector<double>   cosine; // [n_cells] the largest with the first n_seen keys that were added, or 0
     std::vector<uint32_t> n_seen; // [n_cells]

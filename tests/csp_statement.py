@@ -43,12 +43,16 @@ def scores(
     window_modality: NDArray[np.int8],
     modality: NDArray[np.int8],
     n: float,
+    weights: Floats | None = None,
 ) -> tuple[Floats, Floats]:
     """Self and cross scores [n_head_kv, n_cells].
 
-    x: logits [n_window, n_head, n_cells]; modality: of each head's cells, [n_head_kv, n_cells].
+    x: logits [n_window, n_head, n_cells]; modality: of each head's cells, [n_head_kv, n_cells];
+    weights: of the queries, [n_window].
     """
     attention = softmax_n(np.where(seen[:, None, :], x, -np.inf), n)
+    if weights is not None:
+        attention *= weights[:, None, None]
     n_window, n_head, n_cells = attention.shape
     n_head_kv = len(modality)
     attention = attention.reshape(n_window, n_head_kv, n_head // n_head_kv, n_cells).sum(axis=2)

@@ -41,16 +41,23 @@ def _with_recent(drawn: list[int], n_cells: int, recent: int) -> list[int]:
 
 
 def apart(
-    score: Floats, n: int, among: list[int], there: list[int], k: Floats, distance: float
+    score: Floats,
+    n: int,
+    among: list[int],
+    recent: list[int],
+    drawn: list[int],
+    k: Floats,
+    distance: float,
 ) -> list[int]:
     """Drawn one by one, away from the keys of the cells that are there, k [n_cells, head_dim]."""
-    there, near = list(there), dict.fromkeys(among, 0.0)
+    there, near = recent + drawn, dict.fromkeys(among, 0.0)
     new = there
-    for _ in range(n):
+    for i_draw in range(len(drawn), len(drawn) + n):
         for i in near:
             near[i] = max([near[i]] + [cosine(k[i], k[j]) for j in new])
         value = {
-            i: math.log(score[i] if score[i] > _TINY else _TINY) - distance * c * c
+            i: math.log(score[i] if score[i] > _TINY else _TINY)
+            - distance * i_draw / (i_draw + 4) * c * c
             for i, c in near.items()
         }
         new = [min(value, key=lambda i: (-value[i], i))]
@@ -82,7 +89,7 @@ def csp(
             rest = [i for i in old if i not in drawn]
             apartness = (32 if 1 in modality[h, old] else 0) if distance is None else distance
             if apartness:
-                drawn += apart(score, n, rest, last + drawn, k[h], apartness)
+                drawn += apart(score, n, rest, last, drawn, k[h], apartness)
             else:
                 drawn += best(score, n, rest)
         kept.append(sorted(drawn) + last)

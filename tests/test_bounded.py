@@ -347,7 +347,7 @@ def test_figures_and_progress(bounded, scenes, monkeypatch):
     assert figures.bytes_before == n_tokens * bounded.engine.bytes_per_cell
     assert figures.bytes_after == figures.cells_after * bounded.engine.bytes_per_cell
     assert len(figures.pictures) == len(figures.patches()) == 8
-    assert figures.pruning.n_tokens == n_tokens
+    assert figures.n_tokens == n_tokens
     for layer in figures.kept:
         for head in layer:
             assert len(head) == figures.cells_after and (np.diff(head.astype(int)) > 0).all()

@@ -215,7 +215,8 @@ def test_pruning_some_tokens_later(engine):
     prefill(engine)
     n_prompt = engine.n_tokens
     greedy(engine, 5)
-    pruning = engine.prune(CSP(30, window=16, recent=8, distance=0), inspect=True)
+    policy = CSP(30, window=16, recent=8, distance=0, lookahead=0)
+    pruning = engine.prune(policy, inspect=True)
     assert pruning.n_tokens == n_prompt + 5
     assert pruning.window_pos.tolist() == [*range(n_prompt + 5 - 16, n_prompt + 5)]
     for layer in pruning.layers:
@@ -231,6 +232,44 @@ def test_pruning_some_tokens_later(engine):
             assert layer.kept[h].tolist() == expected
             assert layer.kept[h][-8:].tolist() == [*range(n_prompt - 3, n_prompt + 5)]
     assert engine.n_cells == 30
+    engine.decode(engine.items[-1])
+
+
+@pytest.mark.parametrize("taken_back", [False, True])
+def test_looking_ahead(engine, taken_back):
+    """The queries of the answer weigh 0.95 of all, and its cells stay beside the budget."""
+    policy = CSP(30, window=8, recent=4, distance=0, lookahead=5)
+    with tokenize(engine, 3) as prompt:
+        engine.prefill(prompt, window=8, lookahead=5)
+    n_prompt, snapshot = engine.n_tokens, engine.snapshot()
+    answer = []
+    for _ in range(5):
+        answer.append(int(engine.logits.argmax()))
+        engine.decode(answer[-1])
+    if taken_back:
+        engine.restore(snapshot)
+        engine.look_ahead(answer)
+        assert engine.n_tokens == n_prompt
+    pruning = engine.prune(policy, inspect=True)
+    n_more = 0 if taken_back else 5
+    assert pruning.n_tokens == n_prompt + n_more
+    assert pruning.window_pos.tolist() == [*range(n_prompt - 8, n_prompt + 5)]
+    for layer in pruning.layers:
+        x = csp_statement.logits(
+            layer.q.astype(float), np.stack(layer.k, axis=1).astype(float), layer.kq_scale
+        )
+        seen = csp_statement.visible(pruning.window_pos, pruning.pos)
+        modality = np.stack([pruning.modality] * 2)
+        weights = np.array([0.05 / 7] * 7 + [0.95 / 6] * 6) * 13
+        self, cross = csp_statement.scores(
+            x, seen, pruning.window_modality, modality, 1.0, weights=weights
+        )
+        for h in range(2):
+            np.testing.assert_allclose(layer.self_[h], self[h], rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(layer.cross[h], cross[h], rtol=1e-3, atol=1e-5)
+            expected = csp_statement.select(self[h], cross[h], 30 + n_more, 4 + n_more, None)
+            assert layer.kept[h].tolist() == expected
+    assert engine.n_cells == 30 + n_more
     engine.decode(engine.items[-1])
 
 
@@ -251,7 +290,8 @@ class Mine(Policy):
 
 def test_a_policy_of_ones_own(engine):
     runs = []
-    for policy in (CSP(40, window=16, n_score=0.0, distance=0), Mine(40)):
+    settings = {"window": 16, "recent": 16, "n_score": 0.0, "distance": 0, "lookahead": 0}
+    for policy in (CSP(40, **settings), Mine(40)):
         engine.clear()
         prefill(engine)
         pruning = engine.prune(policy)

@@ -13,14 +13,14 @@ from csp_edge.policies import CSP, Full, Resolved, parse_budget, policy
         (CSP(), 1000, (200, 8, 16)),
         (CSP(), 100, (128, 8, 16)),
         (CSP(0.2), 1000, (200, 8, 16)),
-        (CSP(0.2), 100, (20, 8, 10)),
+        (CSP(0.2), 100, (20, 8, 5)),
         (CSP(0.2), 10, (2, 8, 1)),
-        (CSP(0.2), 1, (1, 1, 0)),
+        (CSP(0.2), 1, (1, 1, 1)),
         (CSP(512), 100, (512, 8, 16)),
-        (CSP(1), 100, (1, 8, 0)),
+        (CSP(1), 100, (1, 8, 1)),
         (CSP(1.0), 100, (100, 8, 16)),
-        (CSP(0.29), 100, (29, 8, 14)),  # though 0.29 * 100 < 29
-        (CSP(0.001), 100, (1, 8, 0)),
+        (CSP(0.29), 100, (29, 8, 7)),  # though 0.29 * 100 < 29
+        (CSP(0.001), 100, (1, 8, 1)),
         (CSP(50, window=0.1, recent=0.1), 100, (50, 10, 10)),
         (CSP(5, window=1.0, recent=0.5), 100, (5, 100, 5)),
         (CSP(5, window=0.001, recent=0.001), 100, (5, 1, 0)),
@@ -30,12 +30,15 @@ from csp_edge.policies import CSP, Full, Resolved, parse_budget, policy
     ],
 )
 def test_resolve(csp: CSP, n_tokens: int, expected: tuple[int, int, int]) -> None:
-    assert csp.resolve(n_tokens) == Resolved(*expected)
+    assert csp.resolve(n_tokens) == Resolved(*expected, lookahead=16)
+    ahead = dataclasses.replace(csp, lookahead=3).resolve(n_tokens)
+    assert ahead == Resolved(*expected, lookahead=3)
 
 
 @pytest.mark.parametrize(("n_tokens", "window"), [(100, 32), (20, 20)])
 def test_resolve_without_pictures(n_tokens: int, window: int) -> None:
     assert CSP(10).resolve(n_tokens, has_pictures=False) == Resolved(10, window, 5)
+    assert CSP(10, lookahead=4).resolve(n_tokens, has_pictures=False).lookahead == 4
     assert CSP(10, window=3).resolve(n_tokens, has_pictures=False) == Resolved(10, 3, 5)
 
 
@@ -50,6 +53,12 @@ def test_resolve_refuses_what_the_prompt_is_too_short_for() -> None:
 def test_budget_out_of_range(budget: object) -> None:
     with pytest.raises(PolicyError, match="^budget="):
         CSP(budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lookahead", [-1, 257, 1.0, True, "4", math.nan])
+def test_lookahead_out_of_range(lookahead: object) -> None:
+    with pytest.raises(PolicyError, match="^lookahead=.*give an int from 0 to 256, or None"):
+        CSP(lookahead=lookahead)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["window", "recent"])

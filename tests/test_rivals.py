@@ -311,13 +311,16 @@ def test_distance_takes_the_other_direction() -> None:
     k = [[[1, 0], [2, 0], [3, 0], [0, 1], [1, 1]]]
     score = [5, 4, 3, 2, 0]
     assert select(CSP(distance=0), layer(score, np.zeros(5), 2, 0, k=k)) == [[0, 1]]
-    assert select(CSP(distance=2.0), layer(score, np.zeros(5), 2, 0, k=k)) == [[0, 3]]
+    # ln(4/2) is 0.69, and after one draw a fifth of the distance counts
+    assert select(CSP(distance=3.4), layer(score, np.zeros(5), 2, 0, k=k)) == [[0, 1]]
+    assert select(CSP(distance=3.5), layer(score, np.zeros(5), 2, 0, k=k)) == [[0, 3]]
 
 
 def test_distance_counts_from_the_recent_cells_too() -> None:
-    k = [[[1, 0], [0, 1], [1, 0]]]
-    assert select(CSP(distance=0), layer([2, 1, 0], np.zeros(3), 2, 1, k=k)) == [[0, 2]]
-    assert select(CSP(distance=2.0), layer([2, 1, 0], np.zeros(3), 2, 1, k=k)) == [[1, 2]]
+    k = [[[0, 0, 1], [1, 0, 0], [0, 1, 0], [1, 0, 0]]]
+    view = layer([3, 2, 1, 0], np.zeros(4), 3, 1, k=k)
+    assert select(CSP(distance=0), view) == [[0, 1, 3]]
+    assert select(CSP(distance=4.0), view) == [[0, 2, 3]]
 
 
 def test_opposite_keys_are_not_near() -> None:
@@ -449,7 +452,8 @@ def test_every_policy_by_name() -> None:
 
 @pytest.mark.parametrize("kind", RIVALS)
 def test_every_policy_has_the_settings_of_all(kind: type[Policy]) -> None:
-    assert kind(50, window=0.1, recent=5).resolve(100) == Resolved(50, 10, 5)
+    lookahead = 16 if kind is CSP else 0
+    assert kind(50, window=0.1, recent=5).resolve(100) == Resolved(50, 10, 5, lookahead)
     assert kind().resolve(1000).budget == 200
     assert kind().resolve(100).budget == 128
     for name, value in {"budget": 0, "window": 0, "recent": -1}.items():

@@ -80,7 +80,7 @@ def check_close(ours, theirs, tolerance):
             for kept, wanted in zip(heads, expected, strict=True)
         ]
         # a choice that was a close one has others follow
-        assert min(shares) > 0.8 and np.mean(shares) > 0.95
+        assert min(shares) > 0.75 and np.mean(shares) > 0.95
     for logits, expected in zip(ours[1], theirs[1], strict=True):
         assert np.square(logits - expected).sum() < tolerance * np.square(expected).sum()
 

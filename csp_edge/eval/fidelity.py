@@ -153,13 +153,13 @@ def _diverge(
     n_tokens = len(window.prompt)
     policies = [contender.at(budget) for contender, budget in cells]
     prompt = Prompt(list(window.prompt))
-    snapshot = prefill(engine, prompt, policies, room=len(window.continuation))
-    prune(engine, snapshot, None)
+    prefilled = prefill(engine, prompt, policies, room=len(window.continuation))
+    prune(engine, prefilled, None)
     full = list(_steps(engine, window.continuation))
     for (contender, budget), policy in zip(cells, policies, strict=True):
         n_kept = kl = top1 = reason = None
         try:
-            n_kept = prune(engine, snapshot, policy)
+            n_kept = prune(engine, prefilled, policy)
             kl, top1 = _compare(full, _steps(engine, window.continuation))
         except (PolicyError, PromptError) as error:
             reason = str(error)

@@ -3,11 +3,13 @@
 The prompt is prefilled once, the queries of its end observed, the last token's among them. For each
 policy its cache is brought back and pruned, and the last token is taken out and decoded again over
 what is left: already the next token's distribution is the pruned cache's. The full cache goes the
-same way, unpruned.
+same way, unpruned. A policy that looks ahead sees the beginning of the full cache's answer, which
+is taken back: the whole answer then comes from the pruned cache.
 """
 
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,9 +19,17 @@ from csp_edge.policies import Policy
 from csp_edge.tokenizer import Prompt
 
 
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The cache of a prompt, and the beginning of the answer that it gives."""
+
+    cache: Snapshot
+    answer: tuple[int, ...]
+
+
 def prefill(
     engine: Engine, prompt: Prompt, policies: Iterable[Policy | None], *, room: int
-) -> Snapshot:
+) -> Prefilled:
     """The cache of a prompt, with as many observed queries as the widest of the policies wants.
 
     Args:
@@ -30,20 +40,35 @@ def prefill(
         PromptError: the prompt is beyond the context, or ends with a picture.
         MemoryLimitError: it doesn't fit.
     """
-    window = 0
+    window = lookahead = 0
     for policy in policies:
         # what can't run on this prompt is found out when its turn comes
         with suppress(PolicyError):
             if policy:
                 amounts = policy.resolve(prompt.n_tokens, has_pictures=prompt.has_pictures)
                 window = max(window, amounts.window)
+                lookahead = max(lookahead, amounts.lookahead)
     engine.clear()
-    engine.prefill(prompt, room=room, window=window)
-    return engine.snapshot()
+    engine.prefill(prompt, room=room, window=window, lookahead=lookahead)
+    cache = engine.snapshot()
+    return Prefilled(cache, tuple(greedy(engine, lookahead)) if lookahead else ())
 
 
-def prune(engine: Engine, snapshot: Snapshot, policy: Policy | None) -> float:
-    """Prune the snapshot's cache, by None not at all, and decode its last token again.
+def greedy(engine: Engine, max_tokens: int) -> list[int]:
+    """An answer's tokens, from the logits of now on."""
+    tokens: list[int] = []
+    while True:
+        token = int(engine.logits.argmax())
+        if engine.tokenizer.ends(token):
+            return tokens
+        tokens.append(token)
+        if len(tokens) == max_tokens or not engine.room:
+            return tokens
+        engine.decode(token)
+
+
+def prune(engine: Engine, prefilled: Prefilled, policy: Policy | None) -> float:
+    """Prune the prompt's cache, by None not at all, and decode its last token again.
 
     Returns:
         How many cells a KV head keeps, in the mean over layers and heads.
@@ -52,9 +77,10 @@ def prune(engine: Engine, snapshot: Snapshot, policy: Policy | None) -> float:
         PolicyError: the policy can't run on this prompt.
         PromptError: it doesn't keep the last token for sure.
     """
-    engine.restore(snapshot)
+    engine.restore(prefilled.cache)
     n_kept = float(engine.n_cells)
     if policy:
+        engine.look_ahead(prefilled.answer[: engine.lookahead(policy)])
         layers = engine.prune(policy).layers
         n_kept = float(np.mean([len(head) for layer in layers for head in layer.kept]))
     engine.redecode()

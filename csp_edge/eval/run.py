@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import NamedTuple
 
-from csp_edge.engine import Engine, Snapshot
+from csp_edge.engine import Engine
 from csp_edge.errors import ImageError, PolicyError, PromptError, TemplateError
 from csp_edge.eval.answers import Answer, Key
 from csp_edge.eval.contenders import FULL, Budget, Contender
-from csp_edge.eval.protocol import prefill, prune
+from csp_edge.eval.protocol import Prefilled, greedy, prefill, prune
 from csp_edge.eval.samples import Sample
 from csp_edge.eval.scoring import score
 from csp_edge.policies import Policy
@@ -116,7 +116,7 @@ def _converse(
     with ExitStack() as stack:
         try:
             sample, prompts = _prompts(vlm, sample, n_turns, max_tokens, stack)
-            snapshot = prefill(
+            prefilled = prefill(
                 engine,
                 prompts[0],
                 (cell.policy for cell in todo),
@@ -127,7 +127,7 @@ def _converse(
                 yield from (replace(blank, error=str(error)) for blank in blanks)
             return
         for cell, blanks in todo.items():
-            said = _say(engine, snapshot, cell.policy, prompts, max_tokens)
+            said = _say(engine, prefilled, cell.policy, prompts, max_tokens)
             yield from _scored(sample, blanks, said)
 
 
@@ -172,7 +172,7 @@ class _Said(NamedTuple):
 
 def _say(
     engine: Engine,
-    snapshot: Snapshot,
+    prefilled: Prefilled,
     policy: Policy | None,
     prompts: Sequence[Prompt],
     max_tokens: int,
@@ -184,7 +184,7 @@ def _say(
             the next question.
     """
     start = time.perf_counter()
-    n_kept = prune(engine, snapshot, policy)
+    n_kept = prune(engine, prefilled, policy)
     n_tokens = engine.n_tokens
     for prompt in prompts:
         if prompt is not prompts[0] and engine.prefill(prompt).n_reused < n_tokens:
@@ -192,24 +192,11 @@ def _say(
                 "the pruned cache can't go on to the next question: the chat template rewrites "
                 "what was before, or the model's cache can't be cut: ask one turn"
             )
-        tokens = _greedy(engine, max_tokens)
+        tokens = greedy(engine, max_tokens)
         text = b"".join(map(engine.tokenizer.piece, tokens)).decode(errors="replace").strip()
         seconds = time.perf_counter() - start
         yield _Said(n_tokens, n_kept, text, len(tokens), seconds)
         start = time.perf_counter()
-
-
-def _greedy(engine: Engine, max_tokens: int) -> list[int]:
-    """An answer's tokens, from the logits of now on."""
-    tokens: list[int] = []
-    while True:
-        token = int(engine.logits.argmax())
-        if engine.tokenizer.ends(token):
-            return tokens
-        tokens.append(token)
-        if len(tokens) == max_tokens or not engine.room:
-            return tokens
-        engine.decode(token)
 
 
 def _scored(sample: Sample, blanks: Sequence[Answer], said: Iterator[_Said]) -> Iterator[Answer]:

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+# what the queries of an answer's beginning, and of the token before it, weigh of all scores
+ANSWER_SHARE = 0.95
+
+
 class Resolved(NamedTuple):
-    """A policy in cells, for one prompt."""
+    """A policy in cells and tokens, for one prompt."""
 
     budget: int
     window: int
     recent: int
+    lookahead: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -139,7 +144,7 @@ class Policy:
             )
 
         if self.recent is None:
-            recent = self._default_recent(budget)
+            recent = self._default_recent(budget, has_pictures)
         elif isinstance(self.recent, float):
             recent = min(_cells(self.recent, n_tokens), budget)
         else:
@@ -149,13 +154,16 @@ class Policy:
                 f"recent={recent} is larger than the budget ({budget} cells of this prompt's "
                 f"{n_tokens}): give a smaller one, a fraction, or None"
             )
-        return Resolved(budget, window, recent)
+        return Resolved(budget, window, recent, self._lookahead(has_pictures))
 
     def _default_window(self, n_tokens: int, has_pictures: bool) -> int:
         return min(16, n_tokens)
 
-    def _default_recent(self, budget: int) -> int:
+    def _default_recent(self, budget: int, has_pictures: bool) -> int:
         return min(16, budget // 2)
+
+    def _lookahead(self, has_pictures: bool) -> int:
+        return 0
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from csp_edge.errors import PolicyError
-from csp_edge.policies.base import Policy, is_number
+from csp_edge.policies.base import Policy, is_int, is_number
+
+_LOOKAHEAD_MOST = 256
 
 
 class _Settings(ctypes.Structure):
@@ -28,12 +30,18 @@ class CSP(Policy):
         window: the prompt's last tokens, whose queries score the cells (section 3.2).
             None: 8 where there are pictures, 32 where there are not, or the whole prompt where it
             is shorter.
-        recent: the prompt's last cells, always kept. None: 16, but at most half of the budget.
+        recent: the prompt's last cells, always kept. None: 16, but at most half of the budget, or,
+            where there are pictures, a quarter.
+        lookahead: tokens of the answer that are written over the whole cache, before it is pruned.
+            Their queries score, too, and together with that of the prompt's last token weigh 0.95
+            of all: answers of several parts look for other cells at each step. Not in the paper.
+            None: 16 where there are pictures, 0 where there are not.
         cross_ratio: share of the scored cells drawn by attention between modalities, the rest
             being drawn by attention within one, in [0, 1]. None: measured, per layer and head.
         distance: above 0, cells are drawn one by one, the next being the one with the highest
-            log(score) - distance * max(0, c)^2, where c is the largest cosine of its key with
-            those of the recent cells and of the cells drawn so far. Not in the paper: neighbouring
+            log(score) - distance * i / (i + 4) * max(0, c)^2, where c is the largest cosine of its
+            key with those of the recent cells and of the i cells drawn so far: the first by score,
+            the rest more and more apart. Not in the paper: neighbouring
             patches of a picture say the same, and what the first question does not need is there
             for the next. None: 32 where there are pictures to choose from, 0 where there are not.
         n_score: n of the scoring softmax, exp(x) / (n + sum exp(x)) (section 3.3), at least 0.
@@ -44,6 +52,7 @@ class CSP(Policy):
         PolicyError: a setting is of the wrong type or out of range.
     """
 
+    lookahead: int | None = None
     cross_ratio: float | None = None
     distance: float | None = None
     n_score: float = 1.0
@@ -51,6 +60,12 @@ class CSP(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lookahead is not None and not (
+            is_int(self.lookahead) and 0 <= self.lookahead <= _LOOKAHEAD_MOST
+        ):
+            raise PolicyError(
+                f"lookahead={self.lookahead!r}: give an int from 0 to {_LOOKAHEAD_MOST}, or None"
+            )
         if self.cross_ratio is not None and not (
             is_number(self.cross_ratio) and 0 <= self.cross_ratio <= 1
         ):
@@ -72,6 +87,14 @@ class CSP(Policy):
         cross_ratio = -1.0 if self.cross_ratio is None else self.cross_ratio
         distance = -1.0 if self.distance is None else self.distance
         return "llama_csp_policy_csp", _Settings(cross_ratio, distance)
+
+    def _lookahead(self, has_pictures: bool) -> int:
+        return (16 if has_pictures else 0) if self.lookahead is None else self.lookahead
+
+    def _default_recent(self, budget: int, has_pictures: bool) -> int:
+        if not has_pictures:
+            return super()._default_recent(budget, has_pictures)
+        return min(16, max(1, budget // 4))
 
     def _default_window(self, n_tokens: int, has_pictures: bool) -> int:
         return min(8 if has_pictures else 32, n_tokens)

@@ -27,7 +27,7 @@ class H2O(Policy):
     def _default_window(self, n_tokens: int, has_pictures: bool) -> int:
         return n_tokens
 
-    def _default_recent(self, budget: int) -> int:
+    def _default_recent(self, budget: int, has_pictures: bool) -> int:
         return budget // 2
 
     def native_call(self) -> tuple[str, ctypes.Structure | None]:

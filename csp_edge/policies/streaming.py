@@ -39,7 +39,7 @@ class Streaming(Policy):
     def _default_window(self, n_tokens: int, has_pictures: bool) -> int:
         return 1
 
-    def _default_recent(self, budget: int) -> int:
+    def _default_recent(self, budget: int, has_pictures: bool) -> int:
         return budget - min(self.sinks, budget // 2)
 
     def native_call(self) -> tuple[str, ctypes.Structure | None]:

@@ -16,8 +16,8 @@ extern "C" {
     struct llama_csp_settings_csp {
         double cross_ratio; // r up to 1 [< 0]
                             // < 0: per head, the cross share of the scores of the cells to choose from
-        double distance;    // lambda [0], needs keys where it is not 0: draw one by one by log(score) - lambda*max(0, c)^2,
-                            // c the largest cosine of the cell's key with those of the recent and the drawn cells
+        double distance;    // lambda [0], needs keys where it is not 0: draw one by one by log(score) - lambda*i/(i + 4)*max(0, c)^2,
+                            // c the largest cosine of the cell's key with those of the recent and of the i drawn cells
                             // < 0: 32 where there are cells of pictures to choose from, else 0
     };
 

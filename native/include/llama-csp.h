@@ -62,6 +62,8 @@ extern "C" {
         uint32_t budget;   // B, cells that every KV head keeps, or on average, recent ones included
         uint32_t recent;   // R, the last cells, which policies always keep [R <= B]
         uint32_t window;   // W, the newest observed queries that score. 0: all
+        uint32_t n_answer; // of them, the newest that answer already. 0: every query weighs as much
+        float    answer;   // what these weigh together, of all scores, in [0, 1]. where there are others
         float    n_score;  // n of the scoring softmax [n >= 0]
         float    n_decode; // n for LLAMA_CSP_SINK_FIXED [n > 0]
 
