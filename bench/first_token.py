@@ -44,12 +44,11 @@ def cold_start(n_threads: int) -> float:
 def parts(result: ChatResult) -> dict[str, float]:
     """Seconds, all before the first token."""
     t = result.timings
-    rest = t.first_token_s - t.encode_s - t.prefill_s - t.prune_s
+    rest = t.first_token_s - t.encode_s - t.prefill_s
     return {
         "open and lay out": rest,
         "encode": t.encode_s,
         "prefill": t.prefill_s,
-        "prune": t.prune_s,
         "all": t.first_token_s,
     }
 

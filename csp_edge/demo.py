@@ -54,10 +54,8 @@ def demo(png: Path) -> None:
     print(f"{len(CONVERSATIONS)} conversations, each about the same {len(PICTURES)} pictures")
     print("\nOver the full cache")
     full = _converse(Full(), progress)
-    print(
-        f"\nPruned to {BUDGET:.0%} after each question: an answer's first word comes before that,"
-    )
-    print("but all that follows, and all answers to later questions, from what was kept")
+    print(f"\nPruned to {BUDGET:.0%} once the first 16 tokens of an answer are there:")
+    print("what follows, and every later question, is answered from what was kept")
     pruned = _converse(CSP(budget=BUDGET), progress)
     print()
     _compare(full, pruned)

@@ -1,5 +1,6 @@
 """An answer as it comes."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -150,7 +151,9 @@ class ChatStream(Iterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        # a program that ends prunes no more
+        if not sys.is_finalizing():
+            self.close()
 
 
 def _pieces(

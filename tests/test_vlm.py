@@ -860,3 +860,52 @@ def test_progress_can_stop_the_loading():
 
     with pytest.raises(KeyboardInterrupt):
         small(progress=stop)
+
+
+def test_a_program_that_ends_in_an_answer(scenes):
+    """It says nothing of what it leaves behind."""
+    code = (
+        "from csp_edge import CSP, EdgeVLM\n"
+        "vlm = EdgeVLM.demo(cache=CSP(0.2), n_threads=1)\n"
+        f"stream = vlm.chat('What is in image 2?', {[str(s) for s in scenes[:4]]}, stream=True)\n"
+        "print(next(stream))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_answer_is_looked_at_before_the_prompt_is_pruned(scenes):
+    with small(cache=CSP(0.2, lookahead=3)) as vlm:
+        engine, cells = vlm.engine, []
+        stream = vlm.chat("What is in image 3?", scenes[:4], stream=True)
+        for _ in stream:
+            cells.append(engine.n_cells)
+        cache, n_answer = stream.result.cache, stream.result.usage.completion_tokens
+        # the third token is decoded before the fourth is there
+        n, kept = cache.cells_before, cache.cells_after
+        assert cells[:3] == [n, n + 1, n + 2] and cells[3] == kept + 3
+        assert n_answer > 4 and kept == n // 5
+        assert cache.pruning.n_window == 8 + 3
+        # one that is ended before is pruned by what there is
+        vlm.reset()
+        stream = vlm.chat("What is in image 3?", scenes[:4], stream=True)
+        next(stream)
+        next(stream)
+        stream.close()
+        assert stream.result.cache.cells_after == kept
+        assert stream.result.cache.pruning.n_window == 8 + 1
+        assert engine.n_cells == kept + 1
+
+
+def test_a_pruning_that_fails_in_an_answer(scenes, monkeypatch):
+    with small(cache=CSP(0.2)) as vlm:
+
+        def fail(*_, **__):
+            raise CspEdgeError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(vlm.engine._hook, "prune", fail)
+            with pytest.raises(CspEdgeError, match="no memory"):
+                vlm.chat(STAR, scenes[:4])
+        assert vlm.engine.n_cells == 0
+        assert vlm.chat(STAR, scenes[:4]).text == "blue"
