@@ -17,7 +17,7 @@ import numpy as np
 from csp_edge import CSP, EdgeVLM
 from csp_edge.engine import Engine
 from csp_edge.eval.intervals import bootstrap, wilson
-from csp_edge.eval.protocol import prefill, prune
+from csp_edge.eval.protocol import greedy, look_ahead, prefill, prune
 from csp_edge.eval.samples import Sample
 from csp_edge.eval.scoring import score
 from csp_edge.eval.suite import suite
@@ -29,22 +29,17 @@ MAX_TOKENS = 64
 
 
 def answer(engine: Engine) -> str:
-    said = b""
-    for _ in range(MAX_TOKENS):
-        token = int(engine.logits.argmax())
-        if engine.tokenizer.ends(token):
-            break
-        said += engine.tokenizer.piece(token)
-        engine.decode(token)
-    return said.decode(errors="replace").strip()
+    tokens = greedy(engine, MAX_TOKENS)
+    return b"".join(map(engine.tokenizer.piece, tokens)).decode(errors="replace").strip()
 
 
 def whole(engine: Engine, prompt: Prompt, policy: CSP) -> tuple[dict[str, str], Pruning]:
     """Answers over the full and the pruned cache, and what was kept."""
-    snapshot = prefill(engine, prompt, [policy], room=MAX_TOKENS)
-    prune(engine, snapshot, None)
+    prefilled = prefill(engine, prompt, [policy], room=MAX_TOKENS)
+    prune(engine, prefilled, None)
     said = {"full": answer(engine)}
-    engine.restore(snapshot)
+    engine.restore(prefilled.cache)
+    engine.look_ahead(prefilled.answer)
     pruning = engine.prune(policy)
     engine.redecode()
     return said | {"pruned": answer(engine)}, pruning
@@ -52,8 +47,9 @@ def whole(engine: Engine, prompt: Prompt, policy: CSP) -> tuple[dict[str, str], 
 
 def bounded(engine: Engine, prompt: Prompt, policy: CSP) -> tuple[str, Pruning]:
     engine.clear()
-    window = policy.resolve(prompt.n_tokens).window
-    engine.prefill(prompt, window=window, policy=policy)
+    amounts = policy.resolve(prompt.n_tokens)
+    engine.prefill(prompt, window=amounts.window, lookahead=amounts.lookahead, policy=policy)
+    look_ahead(engine, policy)
     pruning = engine.prune(policy)
     engine.redecode()
     return answer(engine), pruning

@@ -2,9 +2,9 @@
 
     python bench/recall.py
 
-Every answer begins with a token that the pruned cache gave (the last token of the question is
-decoded again over it), and a conversation goes on with the model's own answers. The conversations
-are the suite's.
+Every answer comes from the pruned cache, from its first token on: the last token of the question is
+decoded again over it, and what the policy was shown ahead is taken back. A conversation goes on
+with the model's own answers. The conversations are the suite's.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 import numpy as np
 
 from csp_edge.eval.intervals import bootstrap
+from csp_edge.eval.protocol import greedy, look_ahead
 from csp_edge.eval.samples import Sample
 from csp_edge.eval.scoring import score
 from csp_edge.eval.suite import suite
@@ -30,18 +31,14 @@ def answer(vlm: EdgeVLM, prompt) -> str:
     if isinstance(vlm.cache, Full):
         engine.prefill(prompt)
     else:
-        window = vlm.cache.resolve(prompt.n_tokens).window
-        engine.prefill(prompt, window=window, policy=vlm.cache)
-        engine.prune(vlm.cache)
+        policy = vlm.cache
+        amounts = policy.resolve(prompt.n_tokens)
+        engine.prefill(prompt, window=amounts.window, lookahead=amounts.lookahead, policy=policy)
+        look_ahead(engine, policy)
+        engine.prune(policy)
         engine.redecode()
-    said = b""
-    for _ in range(N_ANSWER_MAX):
-        token = int(np.argmax(engine.logits))
-        if engine.tokenizer.ends(token):
-            break
-        said += engine.tokenizer.piece(token)
-        engine.decode(token)
-    return said.decode(errors="replace").strip()
+    tokens = greedy(engine, N_ANSWER_MAX)
+    return b"".join(map(engine.tokenizer.piece, tokens)).decode(errors="replace").strip()
 
 
 def conversation(vlm: EdgeVLM, sample: Sample) -> list[float]:

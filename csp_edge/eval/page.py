@@ -22,7 +22,8 @@ _FIELDS = ("dataset", "skill", "n_images")  # the others would say little more
 _PROTOCOL = """\
 Each prompt is prefilled once, its last queries observed, and then pruned by every policy to every
 budget. The last token is decoded again over what is left, so already an answer's first token comes
-from the pruned cache. Later questions go on over the same cache, after the right answers to those
+from the pruned cache. CSP is shown the first 16 tokens of the full cache's answer (`lookahead`),
+which are taken back. Later questions go on over the same cache, after the right answers to those
 before. In brackets: 95 % intervals, of accuracies Wilson's over samples, of comparisons by
 resampling the samples that both were asked."""
 _FIDELITY_PROTOCOL = """\

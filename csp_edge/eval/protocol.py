@@ -67,6 +67,19 @@ def greedy(engine: Engine, max_tokens: int) -> list[int]:
         engine.decode(token)
 
 
+def look_ahead(engine: Engine, policy: Policy) -> None:
+    """Show the policy the answer that the cache of a prompt gives as it is, which is taken back.
+
+    The prompt was just prefilled, with the policy's window and lookahead.
+    """
+    n = engine.lookahead(policy)
+    if n:
+        cache = engine.snapshot()
+        answer = greedy(engine, n)
+        engine.restore(cache)
+        engine.look_ahead(answer)
+
+
 def prune(engine: Engine, prefilled: Prefilled, policy: Policy | None) -> float:
     """Prune the prompt's cache, by None not at all, and decode its last token again.
 
