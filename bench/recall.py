@@ -3,8 +3,8 @@
     python bench/recall.py
 
 Every answer comes from the pruned cache, from its first token on: the last token of the question is
-decoded again over it, and what the policy was shown ahead is taken back. A conversation goes on
-with the model's own answers. The conversations are the suite's.
+decoded again over it, and what the policy was shown ahead is taken back; with recall it is shown
+nothing. A conversation goes on with the model's own answers. The conversations are the suite's.
 """
 
 import argparse
@@ -34,7 +34,8 @@ def answer(vlm: EdgeVLM, prompt) -> str:
         policy = vlm.cache
         amounts = policy.resolve(prompt.n_tokens)
         engine.prefill(prompt, window=amounts.window, lookahead=amounts.lookahead, policy=policy)
-        look_ahead(engine, policy)
+        if not engine.keeps_observing:  # a recall goes by the answer as it comes
+            look_ahead(engine, policy)
         engine.prune(policy)
         engine.redecode()
     tokens = greedy(engine, N_ANSWER_MAX)

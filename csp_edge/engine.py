@@ -70,6 +70,7 @@ class Snapshot:
     policy: Policy | None
     window: int
     recent: int
+    lookahead: int
     is_probed: bool
     n_prompt: int
     n_unrecalled: int
@@ -632,7 +633,11 @@ class Engine:
         if self._n_unrecalled < n_wait:
             return
         budget = self.n_cells - self._n_uneven
-        self._choose_again(self._policy, Resolved(budget, self._window, min(self._recent, budget)))
+        n_ahead = min(n_answer, self._lookahead)
+        amounts = Resolved(
+            budget, self._window + n_ahead, min(self._recent + n_ahead, budget), n_ahead
+        )
+        self._choose_again(self._policy, amounts)
         self._n_unrecalled = 0
 
     def _choose_again(self, policy: Policy, amounts: Resolved) -> None:
@@ -800,7 +805,9 @@ class Engine:
             pruning = change(policy, amounts, inspect=inspect)
             self._check_servers()
             self._set_pruned(pruning, budget)
-            self.observe(window if self.keeps_observing else 0)
+            # recalls go by the question's queries too, unless what was looked at keeps others out
+            if not self._recall_type or self._n_ahead:
+                self.observe(window if self.keeps_observing else 0)
             self._n_unrecalled = 0
             self._resize(self.n_cells + _N_CELLS_STEP)
         except BaseException:
@@ -896,6 +903,7 @@ class Engine:
             self._policy,
             self._window,
             self._recent,
+            self._lookahead,
             self._is_probed,
             self._n_prompt,
             self._n_unrecalled,
@@ -953,7 +961,7 @@ class Engine:
         self._n_pruned, self._n_evicted = snapshot.n_pruned, snapshot.n_evicted
         self._n_recent, self._n_uneven = snapshot.n_recent, snapshot.n_uneven
         self._policy, self._window = snapshot.policy, snapshot.window
-        self._recent = snapshot.recent
+        self._recent, self._lookahead = snapshot.recent, snapshot.lookahead
         self._is_probed = snapshot.is_probed
         self._n_prompt, self._n_unrecalled = snapshot.n_prompt, snapshot.n_unrecalled
         self._n_ahead = 0
