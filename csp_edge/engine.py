@@ -523,8 +523,9 @@ class Engine:
             ),
             min(len(self.items), last),
         )
-        # a recall while the answer was written takes the answer's tokens for pruned ones
-        if n_kept < self._n_pruned and not self._recall_type:
+        # of an answer that was looked at, or had cells recalled, the tokens count as pruned ones too
+        is_in_answer = self._recall_type or count_tokens(self.items[:n_kept]) >= self._n_prompt
+        if n_kept < self._n_pruned and not is_in_answer:
             self._empty()
             return 0
         if n_kept < len(self.items) and not self.cut(n_kept):

@@ -897,6 +897,21 @@ def test_an_answer_is_looked_at_before_the_prompt_is_pruned(scenes):
         assert engine.n_cells == kept + 1
 
 
+def test_an_answer_that_is_read_otherwise_next_time(scenes):
+    """It was looked at, and is pruned with the prompt: that does not drop the prompt."""
+    with small(cache=CSP(0.2)) as vlm:
+        first = vlm.chat("What is in image 3?", scenes[:4])
+        answer = first.text.split(",")[0]
+        assert answer != first.text
+        messages = [*vlm.messages[:-1], assistant(answer), user(SQUARE)]
+        second = vlm.chat(messages)
+        assert first.usage.prompt_tokens <= second.usage.cached_tokens
+        assert second.usage.cached_tokens < first.usage.prompt_tokens + 5
+        # while another question finds nothing of it
+        other = vlm.chat([user(SQUARE, scenes[:4])])
+        assert other.usage.cached_tokens == 0
+
+
 def test_a_pruning_that_fails_in_an_answer(scenes, monkeypatch):
     with small(cache=CSP(0.2)) as vlm:
 
