@@ -523,7 +523,7 @@ class Engine:
             ),
             min(len(self.items), last),
         )
-        # of an answer that was looked at, or had cells recalled, the tokens count as pruned ones too
+        # an answer that was looked at, or had cells recalled, counts as pruned, too
         is_in_answer = self._recall_type or count_tokens(self.items[:n_kept]) >= self._n_prompt
         if n_kept < self._n_pruned and not is_in_answer:
             self._empty()
